@@ -1,0 +1,782 @@
+import json
+import os
+import pickle
+import resource
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import data
+import trees
+
+
+def quiet(line):
+    pass
+
+
+def load(name, root, **more):
+    return data.load(name, root, warn=more.pop("warn", quiet), **more)
+
+
+def decode(samples, size=32, **more):
+    return data.decode(samples, size, progress=False, **more)
+
+
+def counts(dataset):
+    defective = sum(s.label for s in dataset.test)
+    return len(dataset.classes), len(dataset.train), len(dataset.test) - defective, defective
+
+
+def names(samples):
+    return [Path(s.image).name for s in samples]
+
+
+def error(function, *args, **kwargs):
+    """The message of the DataError that the call must raise: exactly one line."""
+    with pytest.raises(data.DataError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert message and "\n" not in message and "Traceback" not in message
+    return message
+
+
+SQUARE = np.zeros((32, 32), bool)
+SQUARE[4:12, 8:20] = True
+
+
+# Layouts
+
+def test_mvtec(tmp_path):
+    d = load("mvtec", trees.mvtec(tmp_path))
+    assert d.name == "mvtec" and d.classes == ["bottle", "screw"] and counts(d) == (2, 6, 4, 8)
+    assert all(s.label == 0 and s.mask is None and "/train/good/" in s.image for s in d.train)
+    assert {s.cls for s in d.train} == {s.row for s in d.test} == {"bottle", "screw"}
+    for s in d.test:
+        defect = s.image.split("/")[-2]
+        assert s.label == (defect != "good")
+        expected = s.image.replace("/test/", "/ground_truth/").replace(".png", "_mask.png") if s.label else None
+        assert s.mask == expected
+    assert load("mvtec", tmp_path, classes=["screw"]).classes == ["screw"]
+    assert load("mvtec", tmp_path / "bottle").classes == ["bottle"]              # a root that is a class itself
+
+
+def test_default_root(tmp_path, monkeypatch):
+    trees.mvtec(tmp_path / "data/mvtec")
+    monkeypatch.chdir(tmp_path)
+    assert load("mvtec", None).classes == ["bottle", "screw"]
+
+
+@pytest.mark.parametrize("level", ["", "1cls"])
+def test_visa_prepared(tmp_path, level):
+    d = load("visa", trees.visa_prepared(tmp_path, level=level))
+    assert d.classes == ["candle", "pcb1"] and counts(d) == (2, 6, 4, 4)
+    three_channels = [s for s in d.test if s.label and s.mask.endswith("001.png")]
+    assert len(three_channels) == 2
+    for s in three_channels:
+        assert Image.open(s.mask).mode == "RGB"
+        np.testing.assert_array_equal(data.read_mask(s.mask), SQUARE)
+
+
+def test_visa_raw(tmp_path):
+    d = load("visa", trees.visa_raw(tmp_path))
+    assert d.classes == ["candle", "pcb1"] and counts(d) == (2, 6, 4, 4)
+    defective = [s for s in d.test if s.label]
+    assert all("/Anomaly/" in s.image and s.mask for s in defective) and all(s.mask is None for s in d.train)
+    for s in defective:
+        assert np.asarray(Image.open(s.mask)).max() in (1, 2)                   # class ids
+        np.testing.assert_array_equal(data.read_mask(s.mask), SQUARE)
+    np.testing.assert_array_equal(decode(defective, masks=True), np.stack([SQUARE] * 4))
+
+
+def test_btad(tmp_path):
+    d = load("btad", trees.btad(tmp_path))
+    assert d.classes == ["01", "02", "03"] and counts(d) == (3, 9, 6, 6)
+    suffixes = {s.cls: (Path(s.image).suffix, Path(s.mask).suffix) for s in d.test if s.label}
+    assert suffixes == {"01": (".bmp", ".png"), "02": (".png", ".png"), "03": (".bmp", ".bmp")}
+    empty = [s for s in d.test if s.label and not data.read_mask(s.mask).any()]
+    assert len(empty) == 1 and "02/test/ko/001" in empty[0].image               # still a defective image
+
+
+def test_goodsad(tmp_path):
+    d = load("goodsad", trees.goodsad(tmp_path))
+    assert counts(d) == (2, 6, 4, 4)
+    assert {Path(s.mask).name for s in d.test if s.label} == {"000.png", "001.png"}
+
+
+def test_mad(tmp_path):
+    trees.mad(tmp_path)
+    sim, real = load("mad", tmp_path / "MAD-Sim"), load("mad", tmp_path / "MAD-Real")
+    assert sim.classes == ["01Gorilla", "02Unicorn"] and counts(sim) == (2, 6, 4, 12)
+    assert real.classes == ["Bear", "Bird"] and counts(real) == (2, 6, 4, 4)
+    assert sim.test[-1].mask.endswith("02Unicorn/ground_truth/Stains/001_mask.png")
+    assert real.test[-1].mask.endswith("Bird/ground_truth/Stains/001.png")
+    message = error(load, "mad", tmp_path)
+    assert "MAD-Sim and MAD-Real" in message and f"--root {tmp_path / 'MAD-Sim'}" in message
+    (tmp_path / "MAD-Real").rename(tmp_path / "elsewhere")
+    assert load("mad", tmp_path).classes == sim.classes
+
+
+@pytest.mark.parametrize("inside", ["", "AeBAD_S"])
+def test_aebad(tmp_path, inside):
+    d = load("aebad", trees.aebad(tmp_path) / inside)
+    assert d.classes == ["AeBAD_S"] and counts(d) == (1, 6, 8, 16)
+    assert {s.cls for s in d.train + d.test} == {"AeBAD_S"}
+    assert {s.row for s in d.train} == {"same", "background", "illumination"}   # every domain found
+    assert {s.row for s in d.test} == {"same", "background", "illumination", "view"}
+    for s in d.test:
+        *_, defect, domain, _ = s.image.split("/")
+        assert s.row == domain and s.label == (defect != "good")
+        assert s.mask == (s.image.replace("/test/", "/ground_truth/") if s.label else None)
+
+
+@pytest.mark.parametrize("normals", ["01234", "56789", "02468", "13579"])
+def test_cifar10(tmp_path, normals):
+    d = load("cifar10", trees.cifar10(tmp_path), normals=normals)
+    classes = [data.CIFAR10[int(digit)] for digit in normals]
+    assert d.classes == classes and counts(d) == (5, 50, 10, 10)
+    assert {s.cls for s in d.train} == set(classes) and {s.cls for s in d.test} == set(data.CIFAR10)
+    assert all(s.label == (s.cls not in classes) and s.row == normals and s.mask is None for s in d.test)
+    with open(tmp_path / "cifar-10-batches-py/data_batch_2", "rb") as file:
+        batch = pickle.load(file)
+    sample = [s for s in d.train if "data_batch_2" in s.image][3]
+    index = int(sample.image.split("#")[1])
+    assert data.CIFAR10[batch["labels"][index]] == sample.cls
+    expected = batch["data"][index].reshape(3, 32, 32).transpose(1, 2, 0)
+    np.testing.assert_array_equal(decode([sample])[0], expected)
+    assert load("cifar10", tmp_path / "cifar-10-batches-py", normals=normals).classes == classes
+
+
+def test_cifar10_written_by_python_2(tmp_path):
+    """The real set's pickles: byte strings, and numpy.core, whose name has changed since. Opcode by opcode."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
+
+    def string(text):
+        return b"U" + bytes([len(text)]) + text
+
+    def number(value):
+        return b"J" + value.to_bytes(4, "little", signed=True)
+
+    dtype = (b"cnumpy\ndtype\n" + string(b"u1") + number(0) + number(1) + b"\x87R("
+             + number(3) + string(b"|") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb")
+    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85" + string(b"b") + b"\x87R("
+             + number(1) + number(2) + number(3072) + b"\x86" + dtype + b"\x89" + b"T" + number(pixels.nbytes)[1:]
+             + pixels.tobytes() + b"tb")
+    content = b"\x80\x02}(" + string(b"labels") + b"](" + number(3) + number(7) + b"e" + string(b"data") + array + b"u."
+    (tmp_path / "test_batch").write_bytes(content)
+    found, labels = data.cifar10_batch(str(tmp_path / "test_batch"))
+    assert labels == [3, 7]
+    np.testing.assert_array_equal(found.transpose(0, 3, 1, 2).reshape(2, 3072), pixels)
+
+
+class Stranger:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("attack", ["system", "eval", "nested"])
+def test_malicious_pickle_is_not_run(tmp_path, attack):
+    base, mark = trees.cifar10(tmp_path) / "cifar-10-batches-py", tmp_path / "mark"
+    stranger = {"system": Stranger(os.system, f"touch {mark}"),
+                "eval": Stranger(eval, f"open({str(mark)!r}, 'w')"),
+                "nested": np.array([Stranger(os.mkdir, str(mark))], dtype=object)}[attack]
+    content = pickle.dumps({"labels": [0], "data": stranger}, protocol=2)
+    (base / "test_batch").write_bytes(content)
+    message = error(load, "cifar10", tmp_path)
+    assert "test_batch" in message and "is no array" in message and not mark.exists()
+    pickle.loads(content)
+    assert mark.exists()                                                        # an ordinary reader would have run it
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02}q\x00.", b"no pickle", pickle.dumps([1, 2]), pickle.dumps(
+    {"labels": [0], "data": np.zeros((1, 3071), np.uint8)}), pickle.dumps({"labels": ["x"], "data": 0})])
+def test_damaged_batch(tmp_path, content):
+    base = trees.cifar10(tmp_path) / "cifar-10-batches-py"
+    (base / "data_batch_3").write_bytes(content)
+    assert "data_batch_3" in error(load, "cifar10", tmp_path)
+    (base / "data_batch_3").unlink()
+    data.cifar10_batch.cache_clear()
+    assert "data_batch_3" in error(load, "cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("normals", ["0123", "012345", "01233", "abcde", ""])
+def test_normals(tmp_path, normals):
+    assert "--normals" in error(load, "cifar10", trees.cifar10(tmp_path), normals=normals)
+
+
+def test_folder_masks_are_optional(tmp_path):
+    d = load("folder", trees.folder(tmp_path, mask_name=None))
+    assert counts(d) == (2, 6, 4, 8) and all(s.mask is None for s in d.test)
+    trees.mask(tmp_path / "bottle/ground_truth/crack/001_mask.png")
+    assert sum(s.mask is not None for s in load("folder", tmp_path).test) == 1
+
+
+def test_joined(tmp_path):
+    trees.mvtec(tmp_path / "mvtec")
+    trees.visa_raw(tmp_path / "visa")
+    trees.btad(tmp_path / "btad")
+    trees.aebad(tmp_path / "aebad")
+    d = load("mvtec+visa+btad", tmp_path)
+    assert d.name == "mvtec+visa+btad" and counts(d) == (7, 21, 14, 18)
+    assert d.classes == ["mvtec/bottle", "mvtec/screw", "visa/candle", "visa/pcb1", "btad/01", "btad/02", "btad/03"]
+    assert {s.cls for s in d.train} == {s.row for s in d.test} == set(d.classes)
+    assert load("mvtec+visa", tmp_path, classes=["visa/pcb1"]).classes == ["visa/pcb1"]
+    d = load("mvtec+aebad+toy", tmp_path)
+    assert "aebad/AeBAD_S" in d.classes and "toy/pill" in d.classes
+    assert "aebad/view" in {s.row for s in d.test}
+    assert "did you mean 'pcb1'" in error(load, "mvtec+visa", tmp_path, classes=["visa/pcb11"])
+    assert "mvtec/bottle" in error(load, "mvtec+visa", tmp_path, classes=["bottle"])
+    assert "twice" in error(load, "mvtec+mvtec", tmp_path)
+    assert "goodsad" in error(load, "mvtec+goodsad", tmp_path)
+
+
+def test_counts_warn_with_both_numbers(tmp_path):
+    lines = []
+    load("mvtec", trees.mvtec(tmp_path / "a"), warn=lines.append)
+    assert len(lines) == 1 and "6 train" in lines[0] and "3629 train" in lines[0] and str(tmp_path) in lines[0]
+    load("mvtec", tmp_path / "a", classes=["bottle"], warn=lines.append)
+    load("folder", tmp_path / "a", warn=lines.append)
+    load("toy", None, warn=lines.append)
+    assert len(lines) == 1
+    few = data.SETS["mvtec"]._replace(counts=((2, 6, 4, 8),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SETS, "mvtec", few)
+        load("mvtec", tmp_path / "a", warn=lines.append)
+        assert len(lines) == 1
+        (tmp_path / "a/bottle/test/good/000.png").unlink()
+        load("mvtec", tmp_path / "a", warn=lines.append)
+    assert len(lines) == 2 and "3 good" in lines[1] and "4 good" in lines[1]
+    load("mad", trees.mad(tmp_path / "mad") / "MAD-Real", warn=lines.append)
+    assert "2 classes" in lines[2] and "20 classes" in lines[2]
+
+
+def test_natural_order_and_other_files(tmp_path):
+    trees.mvtec(tmp_path, ["a"], train=0)
+    for name in "10.png", "9.PNG", "b 2.Jpg", "b 10.jpeg", "größe.tif", "1.webp":
+        trees.image(tmp_path / "a/train/good" / name)
+    for name in ".DS_Store", "Thumbs.db", "._9.png", ".hidden.png", "notes.txt", "10.png.bak":
+        (tmp_path / "a/train/good" / name).write_bytes(b"x")
+    (tmp_path / "a/train/good/folder.png").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
+    d = load("folder", tmp_path)
+    assert d.classes == ["a"]
+    assert names(d.train) == ["1.webp", "9.PNG", "10.png", "b 2.Jpg", "b 10.jpeg", "größe.tif"]
+    assert decode(d.train).shape == (6, 32, 32, 3)
+
+
+# Hostile input
+
+def test_missing_root_names_the_download(tmp_path):
+    for name in data.NAMES:
+        if name != "toy":
+            message = error(load, name, tmp_path / "nowhere")
+            assert str(tmp_path / "nowhere") in message and "--root" in message and name in message
+            assert name == "folder" or "https://" in message
+    (tmp_path / "file").write_text("x")
+    assert str(tmp_path / "file") in error(load, "mvtec", tmp_path / "file")
+
+
+def test_unknown_names(tmp_path):
+    message = error(load, "mvtek", tmp_path)
+    assert "'mvtek'" in message and "did you mean 'mvtec'" in message and "goodsad" in message
+    assert "'x'" in error(load, "mvtec+x", tmp_path)
+    assert "unknown set ''" in error(load, "", tmp_path)
+    message = error(load, "mvtec", trees.mvtec(tmp_path), classes=["botle"])
+    assert "--classes botle" in message and "did you mean 'bottle'" in message and "screw" in message
+
+
+def break_tree(root, how):
+    """Damages an mvtec tree; returns what the message has to name."""
+    base = root / "bottle"
+    if how == "empty root":
+        for path in sorted(root.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        return str(root)
+    if how == "empty class":
+        (root / "zipper").mkdir()
+        return "zipper"
+    if how == "no train images":
+        for path in (base / "train/good").iterdir():
+            path.unlink()
+        return str(base / "train/good")
+    if how == "no train/good":
+        (base / "train/good").rename(base / "train/ok")
+        return str(base / "train/good")
+    if how == "class without train":
+        (base / "train").rename(root / ".train")
+        return "bottle"
+    if how == "no mask":
+        (base / "ground_truth/crack/001_mask.png").unlink()
+        return str(base / "test/crack/001.png")
+    if how == "no mask folder":
+        (base / "ground_truth/hole").rename(root / ".hole")
+        return str(base / "ground_truth/hole")
+    if how == "link loop":
+        (base / "train/good/loop.png").symlink_to("loop.png")
+        return str(base / "train/good/loop.png")
+    if how == "folder loop":
+        (base / "test/loop").symlink_to("loop")
+        return str(base / "test/loop")
+    if how == "broken link":
+        (base / "test/good/gone.png").symlink_to(root / "nowhere.png")
+        return str(base / "test/good/gone.png")
+    if how == "train is a file":
+        (base / "train").rename(root / ".train")
+        (base / "train").write_text("x")
+        return "bottle"
+
+
+@pytest.mark.parametrize("how", ["empty root", "empty class", "no train images", "no train/good", "class without train",
+                                 "no mask", "no mask folder", "link loop", "folder loop", "broken link",
+                                 "train is a file"])
+def test_broken_trees(tmp_path, how):
+    trees.mvtec(tmp_path)
+    what = break_tree(tmp_path, how)
+    message = error(load, "mvtec", tmp_path)
+    assert what in message and "https://www.mvtec.com" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("path", ["bottle", "bottle/train/good", "bottle/test/crack", "bottle/ground_truth/crack"])
+def test_unreadable_folders(tmp_path, path):
+    trees.mvtec(tmp_path)
+    (tmp_path / path).chmod(0)
+    try:
+        assert "bottle" in error(load, "mvtec", tmp_path)
+    finally:
+        (tmp_path / path).chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_files_and_cache(tmp_path):
+    d = load("mvtec", trees.mvtec(tmp_path / "set"))
+    Path(d.train[0].image).chmod(0)
+    message = error(decode, d.train)
+    assert d.train[0].image in message and "Permission denied" in message
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o500)
+    assert "--cache none" in error(decode, d.test, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("damage, what", [
+    (lambda text: text.replace("label", "lable", 1), "'label'"),
+    (lambda text: "", "'object'"),
+    (lambda text: text.replace("test,anomaly", "test,broken"), "'broken'"),
+    (lambda text: text.replace("candle,train", "candle,training"), "'training'"),
+    (lambda text: text.replace("Normal/test001", "Normal/test009"), "test009.JPG"),
+    (lambda text: text.replace("Masks/Anomaly/test001", "Masks/Anomaly/test009"), "test009.png"),
+    (lambda text: text.replace("candle/Data/Masks/Anomaly/test000.png", ""), "test000.JPG"),
+    (lambda text: text + "\0", "1cls.csv"),
+])
+def test_visa_csv(tmp_path, damage, what):
+    path = trees.visa_raw(tmp_path) / "split_csv/1cls.csv"
+    path.write_text(damage(path.read_text()))
+    message = error(load, "visa", tmp_path)
+    assert what in message and "1cls.csv" in message and "spot-diff" in message
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "1cls.csv" in error(load, "visa", tmp_path)
+
+
+def test_visa_csv_with_byte_order_mark_and_crlf(tmp_path):
+    path = trees.visa_raw(tmp_path) / "split_csv/1cls.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert counts(load("visa", tmp_path)) == (2, 6, 4, 4)
+
+
+@pytest.mark.parametrize("missing", ["test_domain_mask", "train"])
+def test_broken_aebad(tmp_path, missing):
+    trees.aebad(tmp_path)
+    if missing == "train":
+        for path in (tmp_path / "AeBAD_S/train/good/same").iterdir():
+            path.unlink()
+        assert "train/good/same" in error(load, "aebad", tmp_path)
+    else:
+        (tmp_path / "AeBAD_S/ground_truth/groove/view/IMG_1.png").unlink()
+        assert "groove/view/IMG_1.png" in error(load, "aebad", tmp_path)
+
+
+def test_small_sets_load(tmp_path):
+    only_train = load("folder", trees.folder(tmp_path / "a", ["x"], good=0, defects=()))
+    assert counts(only_train) == (1, 3, 0, 0)
+    (tmp_path / "a/x/test/good").mkdir(parents=True)                            # there but empty
+    assert counts(load("folder", tmp_path / "a")) == (1, 3, 0, 0)
+    assert decode(only_train.test).shape == (0, 32, 32, 3)
+    assert decode(only_train.test, masks=True, cache=tmp_path / "cache").shape == (0, 32, 32)
+    assert counts(load("folder", trees.folder(tmp_path / "b", ["x"], good=0))) == (1, 3, 0, 4)
+    assert counts(load("folder", trees.folder(tmp_path / "c", ["x"], train=1, good=0, defects=()))) == (1, 1, 0, 0)
+    assert counts(load("folder", trees.folder(tmp_path / "d", ["x"], train=0))) == (1, 0, 2, 4)
+    name = tmp_path / "e/my parts ü 部品"
+    d = load("folder", trees.folder(name, ["große Teile"], defects=("Riß 1",)))
+    assert d.classes == ["große Teile"] and decode(d.test, masks=True, cache=tmp_path / "ca che ü").sum() == 2 * 96
+
+
+def test_bad_image_files(tmp_path):
+    good = trees.image(tmp_path / "good.png", size=64)
+    jpeg = trees.image(tmp_path / "good.jpg", size=64)
+    bad = {"zero.png": b"", "text.png": b"not an image\n" * 50, "truncated.png": good.read_bytes()[:2000],
+           "header.png": good.read_bytes()[:20], "truncated.jpg": jpeg.read_bytes()[:1000],
+           "damaged.png": good.read_bytes()[:500] + b"\0" * 200 + good.read_bytes()[700:],
+           "header.bmp": b"BM" + bytes(30), "header.tif": b"II*\0" + bytes(30)}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        for read in data.read_image, data.read_mask:
+            assert str(tmp_path / name) in error(read, str(tmp_path / name))
+        sample = data.Sample(str(tmp_path / name), 0, None, "x", "x")
+        assert str(tmp_path / name) in error(decode, [sample], cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []                          # nothing half written
+    assert "gone.png" in error(data.read_image, str(tmp_path / "gone.png"))
+    assert "gone.png" in error(decode, [data.Sample(str(tmp_path / "gone.png"), 0, None, "x", "x")], cache=tmp_path)
+    assert str(tmp_path) in error(data.read_image, str(tmp_path))
+
+
+@pytest.mark.parametrize("limit", [100, 600])                                   # Pillow's error, and its warning
+def test_decompression_bomb(tmp_path, monkeypatch, limit):
+    path = str(trees.image(tmp_path / "a.png"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert "1024 pixels" in error(data.read_image, path)
+
+
+# Image modes
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def grey(array):
+    return np.repeat(np.asarray(array, np.uint8)[..., None], 3, -1)
+
+
+def mode_cases():
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    palette = Image.fromarray(RAMP // 64)
+    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 255, 7], [1, 2, 3]], np.uint8)
+    palette.putpalette(colours.tobytes())
+    transparent = palette.copy()
+    transparent.info["transparency"] = bytes([0, 128, 255, 255])
+    sixteen = RAMP.astype(np.uint16) * 257
+    floats = (RAMP.astype(np.float32) - 20) * 1.25
+    floats[0, 0], floats[0, 1] = np.nan, np.inf
+    cyan = np.zeros((16, 16, 4), np.uint8)
+    cyan[..., 0], cyan[:8, :, 3] = 255, 255
+    cyan_rgb = np.zeros((16, 16, 3), np.uint8)
+    cyan_rgb[8:] = 0, 255, 255
+    return {
+        "rgb.png": (Image.fromarray(noise[..., :3]), noise[..., :3]),
+        "grey.png": (Image.fromarray(RAMP), grey(RAMP)),
+        "grey alpha.png": (Image.fromarray(noise[..., :2], "LA"), grey(noise[..., 0])),
+        "alpha.png": (Image.fromarray(noise), noise[..., :3]),
+        "palette.png": (palette, colours[RAMP // 64]),
+        "palette alpha.png": (transparent, colours[RAMP // 64]),
+        "bit.png": (Image.fromarray(RAMP > 99), grey((RAMP > 99) * 255)),
+        "16.png": (Image.fromarray(sixteen), grey(RAMP)),
+        "16 low.png": (Image.fromarray(RAMP.astype(np.uint16)), grey(RAMP > 128)),    # value / 257, rounded
+        "16.tif": (Image.fromarray(sixteen), grey(RAMP)),
+        "32.tif": (Image.fromarray(sixteen.astype(np.int32)), grey(RAMP)),
+        "float.tif": (Image.fromarray(floats), grey(np.floor(
+            np.where(np.arange(256) == 0, 0, np.where(np.arange(256) == 1, 255, (np.arange(256) - 20) * 1.25))
+            .clip(0, 255) + .5).reshape(16, 16))),
+        "cmyk.tif": (Image.fromarray(cyan, "CMYK"), cyan_rgb),
+        "rgb.bmp": (Image.fromarray(noise[..., :3]), noise[..., :3]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter")
+@pytest.mark.parametrize("name", list(mode_cases()))
+def test_image_modes(tmp_path, name):
+    image, expected = mode_cases()[name]
+    image.save(tmp_path / name)
+    read = data.read_image(str(tmp_path / name))
+    assert read.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(read), expected)
+    sample = data.Sample(str(tmp_path / name), 0, None, "x", "x")
+    np.testing.assert_array_equal(decode([sample], 16)[0], expected)
+
+
+def test_cmyk_jpeg(tmp_path):
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.jpg")
+    assert abs(np.asarray(data.read_image(str(tmp_path / "a.jpg"))).astype(int) - (0, 255, 255)).max() < 6
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter")
+def test_mask_modes(tmp_path):
+    square = SQUARE.astype(np.uint8)
+    palette = Image.fromarray(square)
+    palette.putpalette([0, 0, 0, 0, 0, 1])
+    white_first = Image.fromarray(1 - square)                                   # a palette may name white before black
+    white_first.putpalette([255, 255, 255, 0, 0, 0])
+    opaque = np.zeros((32, 32, 4), np.uint8)
+    opaque[..., 3] = 255
+    opaque[SQUARE, 1] = 1
+    for name, image in {"bit.png": Image.fromarray(SQUARE), "one.png": Image.fromarray(square),
+                        "16.png": Image.fromarray(square.astype(np.uint16)), "palette.png": palette,
+                        "white.png": white_first, "alpha.png": Image.fromarray(opaque),
+                        "grey alpha.png": Image.fromarray(opaque[..., [1, 3]], "LA"),
+                        "bgr.bmp": Image.fromarray(opaque[..., :3]),
+                        "float.tif": Image.fromarray(square.astype(np.float32) * 0.5)}.items():
+        image.save(tmp_path / name)
+        found = data.read_mask(str(tmp_path / name))
+        assert found.dtype == bool, name
+        np.testing.assert_array_equal(found, SQUARE, name)
+
+
+# Decoding
+
+def photo(path, size, seed=0):
+    small = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+    return data.Sample(str(path), 0, None, "x", "x")
+
+
+@pytest.mark.parametrize("size, crop", [(64, None), (64, 56), (48, 41), (46, 41), (200, 168)])
+def test_decode_as_torchvision(tmp_path, size, crop):
+    samples = [photo(tmp_path / f"{i}.png", wh, i) for i, wh in enumerate([(100, 100), (130, 70), (40, 90)])]
+    steps = [transforms.Resize((size, size))] + ([transforms.CenterCrop(crop)] if crop else [])
+    expected = np.stack([np.asarray(transforms.Compose(steps)(Image.open(s.image))) for s in samples])
+    found = decode(samples, size, crop=crop)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size, crop", [(64, None), (64, 56), (48, 41)])
+def test_decode_masks_as_torchvision(tmp_path, size, crop):
+    rng = np.random.default_rng(0)
+    samples = [photo(tmp_path / "0.png", (90, 70))]                             # a good one between defective ones
+    for i, (h, w) in enumerate([(100, 100), (60, 150)], 1):
+        values = (rng.random((h, w)) < 0.3) * rng.integers(1, 256, (h, w))
+        Image.fromarray(values.astype(np.uint8)).save(tmp_path / f"m{i}.png")
+        samples.append(photo(tmp_path / f"{i}.png", (90, 70))._replace(label=1, mask=str(tmp_path / f"m{i}.png")))
+    nearest = transforms.InterpolationMode.NEAREST
+    steps = [transforms.Resize((size, size), nearest)] + ([transforms.CenterCrop(crop)] if crop else [])
+    expected = [np.zeros((crop or size, crop or size), bool)]
+    for s in samples[1:]:
+        binary = Image.fromarray((np.asarray(Image.open(s.mask)) > 0).astype(np.uint8))
+        expected.append(np.asarray(transforms.Compose(steps)(binary)) > 0)
+    found = decode(samples, size, crop=crop, masks=True)
+    assert found.dtype == bool and found.any()
+    np.testing.assert_array_equal(found, np.stack(expected))
+
+
+def test_label_survives_a_vanished_mask(tmp_path):
+    trees.mvtec(tmp_path, ["a"], defects=("crack",), per_defect=1)
+    pixels = np.zeros((300, 300), np.uint8)                                     # another size than its image
+    pixels[0, 0] = 255                                                          # falls between the samples of 32 x 32
+    Image.fromarray(pixels).save(tmp_path / "a/ground_truth/crack/000_mask.png")
+    d = load("mvtec", tmp_path)
+    defective = [s for s in d.test if s.label]
+    assert data.read_mask(defective[0].mask).sum() == 1
+    assert len(defective) == 1 and not decode(defective, masks=True).any()
+
+
+def test_parallel_equals_serial(tmp_path, monkeypatch):
+    samples = [photo(tmp_path / f"{i}.png", (60, 50), i) for i in range(70)]
+    serial = decode(samples, 24, workers=1)
+    monkeypatch.setattr(data, "POOL_SECONDS", -1)
+    np.testing.assert_array_equal(decode(samples, 24, workers=2), serial)
+    np.testing.assert_array_equal(decode(samples, 24, workers=2, cache=tmp_path / "cache"), serial)
+    Path(samples[60].image).write_bytes(b"")
+    assert samples[60].image in error(decode, samples, 24, workers=2)
+
+
+# Cache
+
+@pytest.fixture
+def photos(tmp_path):
+    return [photo(tmp_path / f"{i}.png", (40, 30), i) for i in range(5)]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names that are decoded."""
+    found = []
+    original = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda name: found.append(name) or original(name))
+    return found
+
+
+def test_cache_is_used_again(tmp_path, photos, reads):
+    first = decode(photos, cache=tmp_path / "c")
+    assert len(reads) == 5
+    again = decode(photos, cache=tmp_path / "c")
+    assert len(reads) == 5 and isinstance(again, np.memmap) and not again.flags.writeable
+    np.testing.assert_array_equal(first, decode(photos))
+    np.testing.assert_array_equal(again, first)
+    batch = torch.from_numpy(again[np.array([3, 1])])
+    batch[:] = 0                                                                # a copy: the file stays as it is
+    np.testing.assert_array_equal(decode(photos, cache=tmp_path / "c"), first)
+    assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_cache_header(tmp_path, photos):
+    decode(photos, 20, cache=tmp_path / "c")
+    content = next((tmp_path / "c").iterdir()).read_bytes()
+    head = json.loads(content.split(b"\n")[0])
+    assert head["shape"] == [5, 20, 20, 3] and head["dtype"] == "uint8" and len(head["key"]) == 64
+    assert len(content) == data.HEADER + 5 * 20 * 20 * 3 and zlib.crc32(content[data.HEADER:]) == head["crc32"]
+
+
+def test_cache_key(tmp_path, photos, reads, monkeypatch):
+    def decoded(samples=photos, size=32, **more):
+        reads.clear()
+        result = decode(samples, size, cache=tmp_path / "c", **more)
+        return len(reads), result
+
+    assert decoded()[0] == 5 and decoded()[0] == 0
+    assert decoded(size=30)[0] == 5 and decoded(crop=28)[0] == 5 and decoded(samples=photos[:4])[0] == 4
+    assert decoded(size=30, crop=28)[0] == 5 and decoded(samples=photos[::-1])[0] == 5
+    assert decoded()[0] == 0
+    stat = os.stat(photos[2].image)
+    os.utime(photos[2].image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert decoded()[0] == 5 and decoded()[0] == 0
+    before = os.stat(photos[1].image)
+    photo(photos[1].image, (41, 31), 99)
+    os.utime(photos[1].image, ns=(before.st_atime_ns, before.st_mtime_ns))      # same time, another size
+    count, changed = decoded()
+    assert count == 5
+    np.testing.assert_array_equal(changed, decode(photos))
+    masked = [s._replace(mask=s.image, label=1) for s in photos]
+    one = decode(masked, masks=True, cache=tmp_path / "c")
+    other = decode(masked[:1] + photos[1:], masks=True, cache=tmp_path / "c")
+    assert one[1:].any() and other[:1].any() and not other[1:].any()
+    monkeypatch.setattr(data, "CACHE_VERSION", data.CACHE_VERSION + 1)
+    assert decoded()[0] == 5
+    monkeypatch.chdir(tmp_path)                                                 # the same files by a relative path
+    relative = [s._replace(image=Path(s.image).name) for s in photos]
+    assert decoded(samples=relative)[0] == 0
+
+
+@pytest.mark.parametrize("damage", [
+    lambda c: c[:-1], lambda c: c + b"x", lambda c: c[:-100] + bytes(100), lambda c: c[:600], lambda c: b"", lambda c:
+    bytes(len(c)), lambda c: c.replace(b'"key": "', b'"key": "0', 1).replace(b" \n", b"\n", 1), lambda c: b"[]" + c[2:],
+    lambda c: c.replace(b"uint8", b"int16", 1), lambda c: b"[]".ljust(data.HEADER) + c[data.HEADER:],
+    lambda c: c.replace(b"[5, 32, 32, 3]", b"[5, 16, 64, 3]", 1)])
+def test_damaged_cache_is_built_anew(tmp_path, photos, reads, capsys, damage):
+    first = decode(photos, cache=tmp_path / "c").copy()
+    path = next((tmp_path / "c").iterdir())
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert path.read_bytes() != content
+    reads.clear()
+    np.testing.assert_array_equal(decode(photos, cache=tmp_path / "c"), first)
+    told = capsys.readouterr().err
+    assert len(reads) == 5 and str(path) in told and told.count("\n") == 1
+    header_is_whole = damage(content)[:data.HEADER] == content[:data.HEADER]
+    assert ("wrong length" in told) == (header_is_whole and len(damage(content)) != len(content))
+    assert path.read_bytes() == content
+    decode(photos, cache=tmp_path / "c")
+    assert len(reads) == 5 and not capsys.readouterr().err
+
+
+def test_full_disk(tmp_path, photos):
+    """A limit on the size of files stands in for a full disk: the write fails half way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        message = error(decode, photos, cache=tmp_path / "c")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(tmp_path / "c") in message and "--cache" in message and "GB" in message
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_cache_folder_is_a_file(tmp_path, photos):
+    (tmp_path / "c").write_text("x")
+    assert "--cache none" in error(decode, photos, cache=tmp_path / "c")
+    assert "--cache none" in error(decode, photos, cache=tmp_path / "c/d")
+
+
+def test_atomic(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    for problem in ValueError, KeyboardInterrupt:
+        with pytest.raises(problem):
+            with data.atomic(path) as temporary:
+                Path(temporary).write_text("half")
+                assert path.read_text() == "old" and temporary.endswith(".json")
+                raise problem
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with data.atomic(str(path)) as temporary:
+        Path(temporary).write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+# Images to predict
+
+def test_find_images(tmp_path, monkeypatch):
+    for name in "b/2.png", "b/10.png", "b/deep/1.JPG", "a 1.bmp", "[x].png", "b/.hidden.png":
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "b/notes.txt").write_text("x")
+    (tmp_path / "b/again").symlink_to(tmp_path)                                 # a loop of folders
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert data.find_images(["b"]) == ["b/2.png", "b/10.png", "b/deep/1.JPG"]
+    assert data.find_images(["b/*"])[:2] == ["b/2.png", "b/10.png"]
+    assert data.find_images(["b/*.png", "b/10.png", "a 1.bmp"]) == ["b/2.png", "b/10.png", "a 1.bmp"]
+    assert data.find_images(["b/notes.txt"]) == ["b/notes.txt"]                 # named: its reader tells what is wrong
+    assert data.find_images(["[x].png"]) == ["[x].png"]
+    assert data.find_images([str(tmp_path / "b/deep")]) == [str(tmp_path / "b/deep/1.JPG")]
+    for pattern in "nothing.png", "*.tif", "empty":
+        assert pattern in error(data.find_images, ["b", pattern])
+
+
+# The toy set
+
+PINNED_AREA = {"weave": 6148, "granite": 6238, "flange": 5661, "pill": 6685}
+PINNED_LEVEL = {"weave": 135334148, "granite": 188881522, "flange": 103765264, "pill": 207671564}
+
+
+def test_toy_is_pinned():
+    """Deterministic on every machine: these sums were written down once."""
+    d = data.load("toy")
+    assert d.classes == ["weave", "granite", "flange", "pill"] and counts(d) == (4, 112, 40, 48)
+    masks = decode(d.test, 128, masks=True)
+    images = decode(d.test, 128).astype(np.int64)
+    np.testing.assert_array_equal(images, decode(d.test, 128))
+    assert len({image.tobytes() for image in images}) == len(d.test)
+    area = {row: int(sum(m.sum() for m, s in zip(masks, d.test) if s.row == row)) for row in d.classes}
+    level = {row: int(sum(i.sum() for i, s in zip(images, d.test) if s.row == row)) for row in d.classes}
+    assert area == PINNED_AREA and all(abs(level[row] - PINNED_LEVEL[row]) < 1000 for row in level)
+    for sample, mask in zip(d.test, masks):
+        assert mask.any() == bool(sample.label) and (not sample.label or 150 < mask.sum() < 1500)
+
+
+@pytest.mark.parametrize("cls, defect", [(cls, defect) for cls in data.TOY for defect in data.TOY[cls]])
+def test_toy_masks_are_exact(monkeypatch, cls, defect):
+    """From one seed, with and without the defect: the images differ inside the mask and nowhere else."""
+    monkeypatch.setattr(data.zlib, "crc32", lambda name: 7)
+    image, mask = data.toy_image(f"toy:{cls}/test/{defect}/000")
+    good, nothing = data.toy_image(f"toy:{cls}/test/good/000")
+    differs = np.abs(image.astype(int) - good).max(-1) > 24                     # more than brightness and noise do
+    edge = np.zeros_like(mask)                                                  # half covered pixels
+    for dy, dx in [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]:
+        edge |= np.roll(mask, (dy, dx), (0, 1))
+    assert not nothing.any() and mask.sum() > 150
+    assert differs[mask].mean() > 0.97 and not differs[~edge].any()
+
+
+def test_nearest_neighbours_of_raw_patches_find_the_toy_defects():
+    from sklearn.metrics import roc_auc_score
+    d = data.load("toy")
+
+    def patches(samples):              # mean, minimum and maximum colour of 8 x 8 pixels: no network at all
+        blocks = decode(samples, 128).astype(np.float32).reshape(-1, 16, 8, 16, 8, 3)
+        both = [blocks.mean((2, 4)), blocks.min((2, 4)), blocks.max((2, 4))]
+        return torch.from_numpy(np.concatenate(both, -1)).flatten(1, 2)         # N x 256 x 9
+
+    areas = []
+    for cls in d.classes:
+        train, test = [[s for s in samples if s.cls == cls] for samples in (d.train, d.test)]
+        bank = patches(train).flatten(0, 1)
+        scores = [torch.cdist(image, bank).min(1).values.max().item() for image in patches(test)]
+        areas.append(roc_auc_score([s.label for s in test], scores))
+    assert np.mean(areas) > 0.95, areas

@@ -1,0 +1,343 @@
+"""mintad.py: the paper's parameter counts and shapes, equations against independent code, and the real command line."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mintad
+
+SCRIPT = Path(mintad.__file__)
+TINY = ["--size", "64", "--epochs", "3", "--batch-size", "8", "--backbone", "resnet18", "--weights", "none",
+        "--classes", "weave", "pill", "--unified"]
+
+
+def command(*args, processes=0, **more):
+    """Run the script as a user does; returns the finished process."""
+    start = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [])
+    return subprocess.run([*start, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **more)
+
+
+def train(out, *args, **more):
+    result = command(*TINY, "--out", out, *args, **more)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ------------------------------------------------------------------------------------------- sizes from the paper
+
+
+def test_inr_has_the_papers_weights():
+    assert count(mintad.INR()) == 602_368  # Table 9: 0.602 M
+
+
+def test_module_shapes():
+    C, H, W, K, B = 12, 4, 5, 3, 2
+    f = torch.randn(B, H * W, C)
+    z, logits = mintad.FeaturePrompt(C, H * W, K)(f)
+    assert z.shape == (B, 32) and logits.shape == (B, K)
+    torch.testing.assert_close(z.sum(1), torch.ones(B))  # softmax
+    assert mintad.LabelPrompt(C, H * W, K)(f, torch.tensor([0, 2]))[0].shape == (B, 32)
+    assert mintad.ImagePrompt(C, H * W, K)(f)[0].shape == (B, 32)
+    assert mintad.INRQuery(H * W)(z).shape == (B, H * W, 256)
+    assert mintad.MLPQuery(H * W)(z).shape == (B, H * W, 256)
+    f_, r, logits, (mu, log_sigma) = mintad.MINTAD(C, H, W, K)(f)
+    assert f_.shape == r.shape == mu.shape == log_sigma.shape == f.shape
+    assert mintad.anomaly_map(f_, r, H, W).shape == (B, H, W)
+
+
+def test_table_12_to_15_layers():
+    model = mintad.MINTAD(272, 14, 14, 15)
+    linear = lambda m: [(x.in_features, x.out_features) for x in m.modules() if isinstance(x, nn.Linear)]
+    assert linear(model.prompt) == [(272, 256), (256, 256), (256, 32), (6272, 256), (256, 256), (256, 32), (32, 15)]
+    assert linear(model.distribution) == [(256, 256), (256, 256), (256, 544)]
+    assert linear(model.inr.inr.modulation) == [(35, 256)] + [(256, 256)] * 4
+    assert linear(model.inr.inr.synthesis) == [(3, 256)] + [(256, 256)] * 4
+    assert len(model.transformer.encoder) == len(model.transformer.decoder) == 4
+
+
+def test_loss_weights():
+    assert (mintad.LAMBDA_CE, mintad.LAMBDA_PRIOR) == (1.0, 0.1)  # Sec. 3.5
+
+
+# --------------------------------------------------------------------------------------------------- the equations
+
+
+def test_inr_is_equations_8_and_9():
+    torch.manual_seed(0)
+    inr, p, z = mintad.INR(), torch.randn(5, 3), torch.randn(2, 32)
+    out = inr(p, z)
+    for b in range(2):
+        for k in range(5):
+            h, x = torch.cat([z[b], p[k]]), p[k]
+            for w, v in zip(inr.modulation, inr.synthesis):
+                h = (w.weight @ h + w.bias).clamp_min(0)
+                x = torch.sin(v.weight @ x + v.bias) * h
+            torch.testing.assert_close(out[b, k], inr.output.weight @ x + inr.output.bias, atol=1e-4, rtol=1e-4)
+
+
+def test_prior_is_the_likelihood_of_the_original_features():
+    """Eq. 3: with f ~ exp(-nll), the density integrates over f to one, whatever the adapter's scale."""
+    torch.manual_seed(0)
+    C = 4
+    model = mintad.MINTAD(C, 2, 2, 2).eval()
+    with torch.no_grad():
+        model.adapter.weight.copy_(torch.randn(C, C))
+    f, label = torch.randn(3, 4, C), torch.tensor([0, 1, 0])
+    f_, _, _, (mu, log_sigma) = model(f)
+    gaussian = torch.distributions.Normal(mu, log_sigma.exp()).log_prob(f_).sum(-1)  # B x P
+    expected = -(gaussian + torch.linalg.slogdet(model.adapter.weight)[1]).mean() / C
+    torch.testing.assert_close(model.losses(f, label)[0]["prior"], expected)
+
+
+def test_reconstruction_error_does_not_shrink_its_target():
+    """Eq. 5's gradient reaches the adapter through the transformer's input only: the target is detached."""
+    model = mintad.MINTAD(6, 2, 2, 2).eval()
+    for p in model.transformer.parameters():
+        nn.init.zeros_(p)  # r is 0 whatever comes in
+    model.losses(torch.randn(2, 4, 6), torch.tensor([0, 1]))[0]["mse"].backward()
+    assert model.adapter.weight.grad.abs().max() == 0
+
+
+def test_anomaly_map_is_equation_7():
+    f_, r = torch.randn(1, 6, 5), torch.randn(1, 6, 5)
+    s = mintad.anomaly_map(f_, r, 2, 3)
+    assert s[0, 1, 2].item() == pytest.approx(math.sqrt(sum((f_[0, 5, c] - r[0, 5, c]).item() ** 2 for c in range(5))), rel=1e-5)
+
+
+def test_image_scores():
+    maps = torch.rand(2, 40, 40)
+    assert torch.equal(mintad.image_score(maps, "max"), maps.flatten(1).max(1)[0])
+    torch.testing.assert_close(mintad.image_score(maps, "mean"), maps.flatten(1).mean(1))
+    pooled = max(maps[1, i:i + 16, j:j + 16].mean().item() for i in range(25) for j in range(25))
+    assert mintad.image_score(maps, "pool")[1].item() == pytest.approx(pooled, rel=1e-5)
+
+
+def test_jitter():
+    """N(0, (20 ||token|| / C)^2) on the input tokens, in training only."""
+    torch.manual_seed(0)
+    C = 16
+    transformer = mintad.Transformer(C, 20, 20, layers=0)
+    seen = []
+    transformer.input_proj.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    f = torch.randn(50, 400, C)
+    transformer.train()(f, [])
+    noise = (seen[0] - f) / (20 * f.norm(dim=-1, keepdim=True) / C)
+    assert abs(noise.mean().item()) < 0.01 and abs(noise.std().item() - 1) < 0.01
+    transformer.eval()(f, [])
+    assert torch.equal(seen[1], f)
+
+
+def test_attention_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = mintad.Attention(32, 4, 0.0), nn.MultiheadAttention(32, 4, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    q, k, v, mask = *torch.randn(3, 2, 9, 32), mintad.neighbour_mask(3, 3, 1)
+    expected = theirs(q, k, v, attn_mask=mask, need_weights=False)[0]
+    for mode in (True, False):  # two paths
+        torch.testing.assert_close(ours.train(mode)(q, k, v, mask), expected)
+
+
+def test_dropout():
+    torch.manual_seed(0)
+    x = torch.ones(1_000_003)
+    y = mintad.Dropout(0.1).train()(x)
+    assert abs((y == 0).double().mean().item() - 0.1) < 1e-3 and y.max().item() == pytest.approx(1 / 0.9)
+    assert torch.equal(mintad.Dropout(0.1).eval()(x), x)
+
+
+# ------------------------------------------------------------------------------------------------- UniAD, written out
+
+
+def uniad_reference(weights, f, H, W, L=2, heads=8):
+    """UniAD's forward pass in evaluation mode as its authors' code does it, sequence first, with nn.MultiheadAttention."""
+    D = 256
+    attend = {}
+    for name in {k.rsplit(".", 1)[0] for k in weights if k.endswith("in_proj_weight")}:
+        attend[name] = nn.MultiheadAttention(D, heads)
+        attend[name].load_state_dict({k: weights[f"{name}.{k}"] for k in attend[name].state_dict()})
+    linear = lambda name, x: F.linear(x, weights[name + ".weight"], weights[name + ".bias"])
+    norm = lambda name, x: F.layer_norm(x, (D,), weights[name + ".weight"], weights[name + ".bias"])
+    mask = torch.ones(H, W, H, W)
+    for i in range(H):
+        for j in range(W):
+            mask[i, j, max(i - 3, 0):i + 4, max(j - 3, 0):j + 4] = 0
+    mask = mask.view(H * W, H * W).masked_fill(mask.view(H * W, H * W) == 0, -math.inf).masked_fill(
+        mask.view(H * W, H * W) == 1, 0.0)
+    row, col = weights["transformer.row_embed.weight"], weights["transformer.col_embed.weight"]
+    pos = torch.cat([torch.cat([col.unsqueeze(0)] * H, dim=0), torch.cat([row.unsqueeze(1)] * W, dim=1)], dim=-1)
+    pos = pos.flatten(0, 1).unsqueeze(1).expand(-1, len(f), -1)  # P x B x D
+    x = linear("transformer.input_proj", f.transpose(0, 1))
+    for i in range(L):
+        n = f"transformer.encoder.{i}"
+        x = norm(n + ".norm1", x + attend[n + ".self_attn"](x + pos, x + pos, x, attn_mask=mask)[0])
+        x = norm(n + ".norm2", x + linear(n + ".linear2", F.relu(linear(n + ".linear1", x))))
+    memory = out = x
+    for i in range(L):
+        n = f"transformer.decoder.{i}"
+        tgt = weights["query"][0, i].unsqueeze(1).expand(-1, len(f), -1)
+        tgt = norm(n + ".norm1", tgt + attend[n + ".self_attn"](tgt + pos, memory + pos, memory, attn_mask=mask)[0])
+        tgt = norm(n + ".norm2", tgt + attend[n + ".multihead_attn"](tgt + pos, out + pos, out, attn_mask=mask)[0])
+        out = norm(n + ".norm3", tgt + linear(n + ".linear2", F.relu(linear(n + ".linear1", tgt))))
+    return linear("transformer.output_proj", norm("transformer.norm", out)).transpose(0, 1)
+
+
+def test_uniad_is_the_authors_network():
+    torch.manual_seed(0)
+    model = mintad.MINTAD(12, 8, 9, 3, query="layerwise", uniad=True, layers=2).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    f = torch.randn(2, 72, 12)
+    f_, r, logits, gaussian = model(f)
+    assert f_ is f and logits is None and gaussian is None
+    torch.testing.assert_close(r, uniad_reference(model.state_dict(), f, 8, 9), atol=1e-5, rtol=1e-5)
+
+
+def test_neighbour_mask_wants_room():
+    assert mintad.neighbour_mask(14, 14).sum(1).max() == 49
+    with pytest.raises(mintad.data.DataError, match="--size"):
+        mintad.neighbour_mask(4, 4)
+
+
+@pytest.mark.parametrize("variant", [
+    dict(query="mlp"), dict(query="learned"), dict(query="learned", adapter=False, cls_loss=False, prior_loss=False),
+    dict(prompt="label"), dict(prompt="image"), dict(prior_loss=False), dict(cls_loss=False),
+    dict(uniad=True, query="layerwise"), dict(uniad=True, query="pool"), dict(uniad=True, query="token"),
+    dict(uniad=True, query="text", text=torch.randn(3, 7))], ids=str)
+def test_every_variant_learns(variant):
+    """A few steps lower the reconstruction error, and every parameter gets a gradient."""
+    torch.manual_seed(0)
+    model = mintad.MINTAD(10, 8, 8, 3, layers=2, **variant)
+    f, label = torch.randn(3, 1, 10).repeat(2, 64, 1) + 3, torch.tensor([0, 1, 2, 0, 1, 2])
+    optimizer, first = torch.optim.AdamW(model.parameters(), 1e-3), None
+    for _ in range(8):
+        losses, _ = model.losses(f, label)
+        optimizer.zero_grad()
+        (losses["mse"] + losses["ce"] + 0.1 * losses["prior"]).backward()
+        optimizer.step()
+        first = first or losses["mse"].item()
+    assert losses["mse"].item() < first
+    idle = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
+    assert idle <= ({"prompt"} if not variant.get("cls_loss", True) else set())  # the head, with no Eq. 1
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a"
+    train(out)
+    return out
+
+
+def test_run_writes_its_files(run):
+    result = json.loads((run / "metrics.json").read_text())
+    assert set(result["classes"]) == {"weave", "pill"} and result["args"]["epochs"] == 3
+    assert all(set(row) == {"i_auroc", "p_auroc", "p_aupr", "aupro"} for row in result["classes"].values())
+    log = (run / "log.txt").read_text()
+    assert "epoch 3/3: mse" in log and "accuracy" in log and "std f'" in log and "untrained" in log
+    assert {p.name for p in run.iterdir()} == {"args.json", "log.txt", "metrics.json", "seed1.pt"}
+
+
+def test_eval_reproduces_to_the_last_digit(run, tmp_path):
+    assert command("--eval", run, "--out", tmp_path / "e").returncode == 0
+    assert (tmp_path / "e/metrics.json").read_bytes() == (run / "metrics.json").read_bytes()
+
+
+def test_resume_after_a_kill_is_bit_identical(run, tmp_path):
+    out = tmp_path / "b"
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *TINY, "--out", str(out)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    while not (out / "seed1.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "metrics.json").exists()
+    train(out, "--resume")
+    a, b = (torch.load(x / "seed1.pt", weights_only=True) for x in (run, out))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert json.loads((run / "metrics.json").read_text()) == json.loads((out / "metrics.json").read_text())
+
+
+def test_two_processes(tmp_path):
+    """torchrun with two processes and a last batch of one image; the first loss is the one-process one but for noise."""
+    out = tmp_path / "two"
+    result = train(out, "--seed", "3", processes=2)
+    assert result.stdout.count("epoch 3/3") == 1  # the others are quiet
+    assert json.loads((out / "metrics.json").read_text())["mean"]["i_auroc"] is not None
+
+
+def test_several_seeds_and_separate(tmp_path):
+    train(tmp_path / "s", "--seed", "1", "2", "--no-unified", "--epochs", "1")
+    result = json.loads((tmp_path / "s/metrics.json").read_text())
+    assert set(result["seeds"]) == {"1", "2"} and set(result["std"]) == set(result["mean"])
+    assert len(list((tmp_path / "s").glob("*.pt"))) == 4
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--data", "mvtecc"], "mvtec"), (["--data", "mvtec", "--root", "/nowhere"], "/nowhere"),
+    (["--classes", "pil"], "pill"), (["--epochs", "0"], "--epochs"), (["--backbone", "nonsense"], "nonsense"),
+    (["--weights", "/nowhere.pt"], "/nowhere.pt"), (["--eval", "/nowhere.pt"], "/nowhere.pt"),
+    (["--query", "pool"], "--uniad"), (["--predict", "x.png"], "--eval"), (["--size", "64", "--uniad"], "--size")])
+def test_bad_input_is_one_line(args, said, tmp_path):
+    result = command("--out", tmp_path / "o", *args)
+    assert result.returncode == 2 and said in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_nothing_is_overwritten(run):
+    result = command(*TINY, "--out", run)
+    assert result.returncode == 2 and "--resume" in result.stderr
+
+
+def test_resume_names_the_difference(run):
+    result = command(*TINY, "--out", run, "--resume", "--lr", "0.5")
+    assert result.returncode == 2 and "lr = 0.001, not 0.5" in result.stderr
+
+
+def test_predict(run, tmp_path):
+    folder = tmp_path / "photos äö"
+    folder.mkdir()
+    sample = mintad.data.load("toy").test[-1]
+    mintad.data.read_image(sample.image).save(folder / "a b.jpg")
+    (folder / "broken.png").write_bytes(b"no image")
+    result = command("--eval", run / "seed1.pt", "--predict", folder, "--out", tmp_path / "p")
+    assert result.returncode == 1 and "skipped" in result.stdout and "held-out" in result.stdout
+    rows = (tmp_path / "p/predictions.csv").read_text().splitlines()
+    assert rows[0] == "file,score,verdict,class,threshold" and len(rows) == 3
+    assert (tmp_path / "p/a b.png").exists()
+
+
+def test_export_loads_without_the_project(run, tmp_path):
+    result = command("--eval", run, "--export", tmp_path / "net.pt2", "--out", tmp_path / "x")
+    assert result.returncode == 0, result.stderr
+    state = torch.load(run / "seed1.pt", weights_only=True)
+    backbone, model = mintad.restore(state, torch.device("cpu"))
+    eager = mintad.Inference(backbone, model, 64, "max")
+    torch.save(images := torch.rand(8, 3, 64, 64), tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-c", "import torch; p = torch.export.load('net.pt2').module(); "
+                    "x = torch.load('images.pt'); torch.save([p(x), p(x[:1])], 'out.pt')"], cwd=tmp_path, check=True)
+    eight, one = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        for got, x in ((eight, images), (one, images[:1])):
+            for a, b in zip(got, eager(x)):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_bench():
+    result = command("--bench", "--size", "64", "--backbone", "resnet18", "--weights", "none")
+    assert result.returncode == 0 and "multiply-adds" in result.stdout and "batch 64" in result.stdout
