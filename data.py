@@ -313,6 +313,17 @@ def load_one(name, root, classes, normals, warn):
     return Dataset(name, chosen, train, test)
 
 
+def hold_out(samples, share):
+    """bool N: an even share of each class's samples, at least one of which stays, to be kept out of the training."""
+    held, index = np.zeros(len(samples), bool), {}
+    for i, sample in enumerate(samples):
+        index.setdefault(sample.cls, []).append(i)
+    for mine in index.values():
+        count = min(round(share * len(mine)), len(mine) - 1)
+        held[[mine[j * len(mine) // count] for j in range(count)]] = True
+    return held
+
+
 def nearest(name, known):
     match = difflib.get_close_matches(name, known, 1)
     return f", did you mean '{match[0]}'?" if match else ""

@@ -19,9 +19,9 @@ Details of the implementation and where each comes from:
  1. Backbone: levels of reduction 2, 4, 8, 16, resized bilinearly (align_corners) to the last; frozen, eval mode (UniAD).
  2. Features are standardised per channel with the training features' mean and deviation. The paper does not say; without
     it the few channels of large scale own every loss. `--uniad` uses raw features, as its authors.
- 3. Adapter: linear, starts as the identity. The target of Eq. 5 is detached and Eq. 4 is the likelihood of the *original*
-    features, as Eq. 3 writes it: log p(f) = log N(f'; mu, sigma) + log |det W|. Read literally, Eq. 4 and 5 together
-    have no floor: f' shrinks to zero (README, "What keeps it from collapsing").
+ 3. Adapter: linear, from the identity, rows of length 1. The target of Eq. 5 is detached, and Eq. 4 is the likelihood of
+    the *original* features, as Eq. 3 writes it: log p(f) = log N(f'; mu, sigma) + log |det W|. Read literally, Eq. 4
+    and 5 together have no floor: f' shrinks to zero (README, "What keeps MINT-AD from collapsing").
  4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9). sin(W x), SIREN initialisation
     with its omega_0 = 30 folded into the first layer.
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers, learned row
@@ -60,7 +60,7 @@ PRESETS = {  # what differs from the paper's settings (Sec. 4.1), which every ot
 }
 LAMBDA_CE, LAMBDA_PRIOR = 1.0, 0.1  # Eq. 6
 REDUCTIONS = (2, 4, 8, 16)  # backbone levels
-MEMORY_SHARE = 0.5  # features stay in memory if they fit into this share of what is free
+MEMORY_SHARE = 0.5  # features stay in memory if they fit into this share of it
 
 MVTEC = ("bottle cable capsule hazelnut metal_nut pill screw toothbrush transistor zipper "
          "carpet grid leather tile wood mean").split()
@@ -244,6 +244,27 @@ def neighbour_mask(H, W, window=7):
     return mask
 
 
+class Adapter(nn.Module):
+    """f' = W f + b (Sec. 3.2), W from the identity, each of its rows kept at length 1.
+
+    Eq. 3 does not see the rows' lengths (sigma follows them), so that nothing would hold the scale of f'.
+    """
+
+    def __init__(self, C):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.eye(C)), nn.Parameter(torch.zeros(C))
+
+    def W(self):
+        return F.normalize(self.weight, dim=1)
+
+    def forward(self, f):  # B x P x C
+        return F.linear(f, self.W(), self.bias)
+
+    def log_det(self):
+        """log |det W|, at most 0: it is 0 where the rows are orthogonal."""
+        return torch.linalg.slogdet(self.W().float())[1]
+
+
 # -------------------------------------------------------------------- prompts: (f' B x P x C, label B) -> z B x 32, logits
 
 
@@ -310,12 +331,15 @@ class INR(nn.Module):
             nn.init.uniform_(layer.weight, -bound, bound)
 
     def forward(self, p, z):
-        B, P = len(z), len(p)
+        B, P = z.shape[0], p.shape[0]
         h = torch.cat([z.unsqueeze(1).expand(B, P, -1), p.expand(B, P, -1)], -1)  # B x P x (Z + E)
-        x = p
-        for modulation, synthesis in zip(self.modulation, self.synthesis):
+        for i, (modulation, synthesis) in enumerate(zip(self.modulation, self.synthesis)):
             h = F.relu(modulation(h))  # Eq. 9
-            x = torch.sin(synthesis(x).float()) * h  # Eq. 8; P x E, then B x P x D. bfloat16 is too coarse for sin
+            if i == 0:
+                with torch.autocast(p.device.type, enabled=False):  # arguments up to 100: bfloat16 would blur the sine
+                    x = torch.sin(synthesis(p)) * h  # P x D * B x P x D
+            else:
+                x = torch.sin(synthesis(x)) * h  # Eq. 8
         return self.output(x)
 
 
@@ -373,6 +397,8 @@ class Backbone(nn.Module):
             raise data.DataError(f"--backbone {name}: timm makes no feature maps of it ({str(error).splitlines()[0]})")
         if max(levels) not in info.reduction():
             raise data.DataError(f"--backbone {name}: its reductions {info.reduction()} lack {max(levels)}")
+        if hasattr(self.net, "blocks"):  # timm's EfficientNets would compute the stages beyond the last level too
+            del self.net.blocks[int(self.net.feature_info.module_name()[-1].split(".")[1]) + 1:]
         if weights != "none":
             load_backbone(self.net, name, weights)
         self.net.eval().requires_grad_(False)
@@ -455,9 +481,7 @@ class MINTAD(nn.Module):
             return
         self.mask = None
         if adapter:
-            self.adapter = nn.Linear(C, C)
-            nn.init.eye_(self.adapter.weight)
-            nn.init.zeros_(self.adapter.bias)
+            self.adapter = Adapter(C)
         prior_loss = prior_loss and query != "mlp"  # Sec. 0.B.6
         if query != "learned" or cls_loss or prior_loss:
             self.prompt = PROMPTS[prompt](C, P, K)
@@ -482,7 +506,7 @@ class MINTAD(nn.Module):
         z, logits = self.prompt(f_, label) if self.prompt else (None, None)
         q_inr = self.inr(z) if self.inr else None
         q = self.query(z) if self.query else q_inr
-        r = self.transformer(f_, [q.expand(len(f), -1, -1)] * self.layers).float()
+        r = self.transformer(f_, [q.expand(f.shape[0], -1, -1)] * self.layers).float()
         gaussian = None
         if self.distribution:
             mu, log_sigma = self.distribution(q_inr).float().chunk(2, -1)
@@ -491,7 +515,7 @@ class MINTAD(nn.Module):
 
     def uniad_query(self, f, label):
         """L decoder queries of UniAD or its variants in Table 4, B x P x D each, and the class token or None."""
-        B, token = len(f), None
+        B, token = f.shape[0], None
         if self.query_type == "text":
             q = self.query(self.text[label])[:, None, None].expand(B, self.layers, f.shape[1], -1)
         else:
@@ -511,7 +535,7 @@ class MINTAD(nn.Module):
             mu, log_sigma = gaussian
             prior = (0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)).mean()  # Eq. 4
             if self.adapter:  # Eq. 3: the likelihood of the original features
-                prior = prior - torch.linalg.slogdet(self.adapter.weight.float())[1] / f.shape[-1]
+                prior = prior - self.adapter.log_det() / f.shape[-1]
         correct = (logits.argmax(1) == label).float().mean() if logits is not None else zero
         return {"mse": mse, "ce": ce, "prior": prior}, {"accuracy": correct, "std f'": f_.detach().std()}
 
@@ -551,8 +575,8 @@ def extract(backbone, images, folder, device):
     file that all of them read; on a GPU in its memory if it fits there.
     """
     shape, N = (len(images), backbone.H * backbone.W, backbone.C), len(images)
-    size, free = 2 * math.prod(shape), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if WORLD == 1 and size < MEMORY_SHARE * free:
+    size, memory = 2 * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if WORLD == 1 and size < MEMORY_SHARE * memory:
         features = np.empty(shape, np.float16)
     else:
         path = folder / "features.f16"
@@ -572,14 +596,14 @@ def extract(backbone, images, folder, device):
     return features
 
 
-def channel_statistics(features, index, device):
+def channel_statistics(features, index):
     """Mean and standard deviation of each channel over the training features, C each.
 
     The deviation has a floor of 1 % of the mean deviation: an untrained backbone has channels that never move.
     """
-    total = torch.zeros(2, features.shape[-1], dtype=torch.float64, device=device)
+    total = torch.zeros(2, features.shape[-1], dtype=torch.float64, device=features.device)
     for batch in index.split(64):
-        f = features[batch].to(device).double()
+        f = features[batch].double()
         total += torch.stack([f.sum((0, 1)), f.square().sum((0, 1))])
     mean, square = total / (len(index) * features.shape[1])
     std = (square - mean ** 2).clamp_min(0).sqrt()
@@ -761,7 +785,7 @@ def train_all(args, dataset, decode, folder, device):
         log("warning: the backbone is untrained (--weights none): good enough to see the code run, not for results")
     text = read_text(args.text, dataset.classes) if args.query == "text" else None
     images, labels = in_turn(lambda: decode(dataset.train, "training images")), labels_of(dataset.train, dataset.classes)
-    held_out = hold_out(labels, args.holdout)
+    held_out = torch.from_numpy(data.hold_out(dataset.train, args.holdout))
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
     backbone = in_turn(lambda: build(settings, len(dataset.classes), args.weights, text)[0]).to(device)
     features = None
@@ -783,7 +807,8 @@ def train_all(args, dataset, decode, folder, device):
                 index = (mine & ~held_out).nonzero().squeeze(1)
                 relative = torch.tensor([classes.index(c) if (c := dataset.classes[k]) in classes else -1 for k in labels])
                 if not args.uniad and state["epoch"] == 0:
-                    model.mean, model.std = channel_statistics(features, index, device)
+                    for buffer, value in zip((model.mean, model.std), channel_statistics(features, index)):
+                        buffer.copy_(value)
                 train(model, features, index, relative[index], settings, seed, device, folder / f"{name}.pt", state)
                 normal = (mine & held_out).nonzero().squeeze(1) if held_out.any() else index
                 maps, scores, _ = infer(backbone, model, images[normal.numpy()], args, device,
@@ -800,16 +825,6 @@ def labels_of(samples, classes):
 
 def needs_label(args):
     return args.query in ("pool", "token", "text") if args.uniad else args.prompt == "label"
-
-
-def hold_out(labels, share):
-    """bool N: an even `share` of each class's training images, kept for the threshold of --predict."""
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for k in labels.unique():
-        index = (labels == k).nonzero().squeeze(1)
-        count = min(round(share * len(index)), len(index) - 1)
-        held[index[torch.linspace(0, len(index) - 1, count).long()]] = True
-    return held
 
 
 def read_text(path, classes):
@@ -920,7 +935,7 @@ def bench(args, device):
     """Table 6: parameters, FLOPs, seconds per batch, peak memory and storage, beside the paper's."""
     settings = {key: getattr(args, key) for key in SETTINGS}
     backbone, model = build(settings, 15, "none", torch.zeros(15, 512) if args.query == "text" else None)
-    network = Inference(backbone, model, args.size, score_kind(args)).eval().to(device)
+    network = Inference(backbone, model, args.size, score_kind(args)).eval().to(device).requires_grad_(False)
     if needs_label(args):
         raise data.DataError("--bench: a variant that needs a label is not timed")
     millions = lambda m: sum(p.numel() for p in m.parameters()) / 1e6 if m is not None else 0
@@ -991,7 +1006,7 @@ def log(text, bar=None):
     if RANK == 0:
         if bar is None or bar.disable:
             print(text, flush=True)
-        elif bar is not None:
+        else:
             bar.set_postfix_str(text.partition(": ")[2])
         for path in LOG:
             with open(path, "a", encoding="utf-8") as file:

@@ -274,6 +274,25 @@ def test_natural_order_and_other_files(tmp_path):
     assert decode(d.train).shape == (6, 32, 32, 3)
 
 
+def test_a_set_of_ones_own(tmp_path, monkeypatch):
+    """The README's example."""
+    def mine(root, cls):
+        """CLASS/ok/*, CLASS/nok/*, masks CLASS/masks/STEM.png; every fifth good image is kept for the test."""
+        for i, path in enumerate(data.images(root / cls / "ok", required=True)):
+            yield "test" if i % 5 == 4 else "train", data.Sample(path, 0, None, cls, cls)
+        for path in data.images(root / cls / "nok"):
+            yield "test", data.Sample(path, 1, data.find_mask(path, root / cls / "masks"), cls, cls)
+
+    monkeypatch.setitem(data.SETS, "mine", data.Set(mine, "it lies on the server"))
+    for i in range(10):
+        trees.image(tmp_path / f"nut/ok/{i}.jpg", i)
+    trees.image(tmp_path / "nut/nok/0.jpg")
+    assert "nut/masks" in error(load, "mine", tmp_path) and "on the server" in error(load, "mine", tmp_path)
+    trees.mask(tmp_path / "nut/masks/0.png")
+    assert counts(load("mine", tmp_path)) == (1, 8, 2, 1)
+    assert "bottle/ok" in error(load, "mine", trees.mvtec(tmp_path / "other"))
+
+
 # Hostile input
 
 def test_missing_root_names_the_download(tmp_path):
@@ -282,6 +301,7 @@ def test_missing_root_names_the_download(tmp_path):
             message = error(load, name, tmp_path / "nowhere")
             assert str(tmp_path / "nowhere") in message and "--root" in message and name in message
             assert name == "folder" or "https://" in message
+    error(load, "mvtec", tmp_path / "two\nlines")
     (tmp_path / "file").write_text("x")
     assert str(tmp_path / "file") in error(load, "mvtec", tmp_path / "file")
 

@@ -1,0 +1,180 @@
+"""Both scripts as a user runs them: the same words, the same files. Tiny models on the toy set, on a CPU."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import mintad
+import minimaxad
+import trees
+
+SCRIPTS = {"mintad": mintad, "minimaxad": minimaxad}
+TINY = ["--size", "64", "--batch-size", "8", "--backbone", "resnet18", "--weights", "none"]
+TOY = [*TINY, "--epochs", "3", "--classes", "weave", "pill"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(script, *args, processes=0):
+    """Run a script as a user does; returns the finished process."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*start, SCRIPTS[script].__file__, *map(str, args)], capture_output=True, text=True,
+                          timeout=280, env=ENVIRONMENT)
+
+
+def succeed(script, *args, **more):
+    result = command(script, *args, **more)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(script, tmp_path_factory):
+    out = tmp_path_factory.mktemp(script) / "a"
+    succeed(script, *TOY, "--out", out)
+    return out
+
+
+def test_files_of_a_run(run):
+    result = json.loads((run / "metrics.json").read_text())
+    assert set(result["classes"]) == {"weave", "pill"} and result["args"]["epochs"] == 3
+    assert all(set(row) == {"i_auroc", "p_auroc", "p_aupr", "aupro"} for row in result["classes"].values())
+    log = (run / "log.txt").read_text()
+    assert "epoch 3/3: " in log and "untrained" in log
+    assert {p.name for p in run.iterdir()} == {"args.json", "log.txt", "metrics.json", "seed1.pt"}
+
+
+def test_eval_reproduces_to_the_last_digit(script, run, tmp_path):
+    succeed(script, "--eval", run, "--out", tmp_path / "e", "--save-maps", "--save-tiff")
+    assert (tmp_path / "e/metrics.json").read_bytes() == (run / "metrics.json").read_bytes()
+    assert len(list((tmp_path / "e/maps/seed1/pill").glob("*.png"))) == 22
+    assert (tmp_path / "e/maps/seed1/pill.png").exists()
+    tiffs = list((tmp_path / "e/tiff/seed1/pill/test").glob("*/*.tiff"))
+    with Image.open(tiffs[0]) as tiff:
+        assert len(tiffs) == 22 and tiff.mode == "F" and tiff.size == (128, 128)
+
+
+@pytest.mark.parametrize("after", (0, 1))
+def test_resume_after_a_kill_is_bit_identical(script, run, tmp_path, after):
+    out = tmp_path / "b"
+    process = subprocess.Popen([sys.executable, SCRIPTS[script].__file__, *TOY, "--out", str(out)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    log = out / "log.txt"
+    while process.poll() is None and not (log.exists() and "epoch 1/3" in log.read_text()
+                                          and (after == 0 or (out / "seed1.pt").exists())):
+        time.sleep(0.005)  # 0: while the first checkpoint is being written; 1: after it
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "metrics.json").exists()
+    succeed(script, *TOY, "--out", out, "--resume")
+    a, b = (torch.load(x / "seed1.pt", weights_only=True) for x in (run, out))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert (run / "metrics.json").read_bytes() == (out / "metrics.json").read_bytes()
+
+
+def test_two_processes(script, tmp_path):
+    """Under torchrun; 50 images, so that the last batch of 8 gives each process one."""
+    result = succeed(script, *TOY, "--out", tmp_path / "two", processes=2)
+    assert result.stdout.count("epoch 3/3") == 1  # the others are quiet
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["mean"]["i_auroc"] is not None
+
+
+def test_seeds_and_separate_models(script, tmp_path):
+    args = [*TINY, "--classes", "weave", "pill", "--seed", "1", "2", "--no-unified", "--epochs", "1", "--out", tmp_path / "s"]
+    succeed(script, *args)
+    first = (tmp_path / "s/metrics.json").read_bytes()
+    result = json.loads(first)
+    assert set(result["seeds"]) == {"1", "2"} and set(result["std"]) == set(result["mean"])
+    assert len(list((tmp_path / "s").glob("*.pt"))) == 4
+    (tmp_path / "s/metrics.json").unlink()
+    (tmp_path / "s/seed2-pill.pt").unlink()  # as if killed before the last model
+    again = succeed(script, *args, "--resume")
+    assert again.stdout.count("epoch 1/1") == 1 and (tmp_path / "s/metrics.json").read_bytes() == first
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--data", "mvtecc"], "mvtec"), (["--data", "mvtec", "--root", "/nowhere"], "/nowhere"), (["--classes", "pil"], "pill"),
+    (["--epochs", "0"], "--epochs"), (["--weights", "/nowhere.pt"], "/nowhere.pt"), (["--eval", "/nowhere.pt"], "/nowhere.pt"),
+    (["--predict", "x.png"], "--eval"), (["--seed", "x"], "--seed")], ids=str)
+def test_bad_input_is_one_line(script, args, said, tmp_path):
+    result = command(script, "--out", tmp_path / "o", *args)
+    assert result.returncode == 2 and said in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_arguments(script, run):
+    result = command(script, *TOY, "--out", run)
+    assert result.returncode == 2 and "--resume" in result.stderr
+    result = command(script, *TOY, "--out", run, "--resume", "--lr", "0.5")
+    assert result.returncode == 2 and "lr = 0.00" in result.stderr and "not 0.5" in result.stderr
+
+
+def test_predict(script, run, tmp_path):
+    folder = tmp_path / "photos \u00e4"
+    folder.mkdir()
+    for sample in data.load("toy", classes=["pill"]).test[:12]:
+        image = data.read_image(sample.image)
+        image.resize((300, 200)).convert("L").save(folder / f"{sample.image.split('/')[-2]} {sample.image.split('/')[-1]}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    result = command(script, "--eval", run / "seed1.pt", "--predict", folder, "--out", tmp_path / "p")
+    assert result.returncode == 1 and "skipped" in result.stdout and "held-out" in result.stdout, result.stderr
+    with open(tmp_path / "p/predictions.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13 and {row["verdict"] for row in rows} <= {"good", "defective", "unreadable"}
+    for row in rows:
+        if row["score"]:
+            assert (row["verdict"] == "defective") == (float(row["score"]) > float(row["threshold"]))
+    assert len(list((tmp_path / "p").glob("*.png"))) == 12
+
+
+def test_export_loads_without_the_project(script, run, tmp_path):
+    succeed(script, "--eval", run, "--export", tmp_path / "net.pt2", "--out", tmp_path / "x")
+    state = torch.load(run / "seed1.pt", weights_only=True)
+    if script == "mintad":
+        eager = mintad.Inference(*mintad.restore(state, torch.device("cpu")), 64, "max")
+    else:
+        eager = minimaxad.restore(state, torch.device("cpu"))
+    torch.save(images := torch.rand(8, 3, 64, 64), tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-c", "import torch; p = torch.export.load('net.pt2').module(); "
+                    "x = torch.load('images.pt'); torch.save([p(x), p(x[:1])], 'out.pt')"], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        for got, x in zip(torch.load(tmp_path / "out.pt"), (images, images[:1])):
+            for a, b in zip(got, eager(x)):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_bench(script):
+    result = succeed(script, "--bench", *(TINY if script == "mintad" else ["--backbone", "unireplknet_a", "--size", "64"]))
+    assert "storage" in result.stdout and "device cpu" in result.stdout
+
+
+@pytest.mark.parametrize("name", ("aebad", "cifar10", "mvtec+btad"))
+def test_sets_of_special_evaluation(script, name, tmp_path):
+    """Rows of the table that are not classes: AeBAD's domains, CIFAR-10's split; and joined sets, with an empty mask."""
+    for part in name.split("+"):
+        (tmp_path / part).mkdir()
+        getattr(trees, part)(tmp_path / part)
+    root = tmp_path if "+" in name else tmp_path / name
+    succeed(script, *TINY, "--unified", "--epochs", "1", "--data", name, "--root", root, "--cache", tmp_path / "cache",
+            "--out", tmp_path / "out")
+    rows = json.loads((tmp_path / "out/metrics.json").read_text())["classes"]
+    if name == "aebad":
+        assert set(rows) == {"same", "background", "illumination", "view"}
+    elif name == "cifar10":
+        assert set(rows) == {"01234"} and rows["01234"]["aupro"] is None
+    else:
+        assert {"mvtec/bottle", "btad/01"} <= set(rows)
