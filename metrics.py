@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
+from scipy import ndimage, stats
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
@@ -362,7 +362,7 @@ def predict(files, look, size, crop, normal, quantile, folder, log):
     look: uint8 N x S x S x 3 -> maps N x S x S, scores N, class names N (or None). A score above the quantile of the
     normal images' scores (of the same class, where it is known) is defective.
     """
-    folder, rows, ok, stated = Path(folder), [], True, set()
+    folder, rows, ok, stated, used = Path(folder), [], True, set(), set()
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         try:
@@ -378,11 +378,12 @@ def predict(files, look, size, crop, normal, quantile, folder, log):
         low, high = scale(normal, quantile, cls)
         if cls not in stated:
             stated.add(cls)
-            kind = "held-out normal" if normal["held_out"] else "training"
-            log(f"threshold{f' for {cls}' if cls else ''}: {limit:.4g}, the {quantile} quantile of {count} {kind} images: "
-                f"about {100 * (1 - quantile):.3g} % of good images will be called defective"
-                + ("" if normal["held_out"] else ", or more (the model has seen them; train with --holdout for a fair one)")
-                + (f"; {count} images resolve no less than {100 / count:.3g} %" if count * (1 - quantile) < 1 else ""))
+            above = sum(v > limit for v, c in zip(normal["scores"], normal["classes"]) if cls in (None, c))
+            rate = f"{above} of {count} above it, a false positive rate of {above / count:.1%}, " \
+                   f"with 95 % confidence below {stats.beta.ppf(0.95, above + 1, count - above) if above < count else 1:.1%}"
+            log(f"threshold{f' for {cls}' if cls else ''}: {limit:.4g}, the {quantile} quantile of "
+                + (f"held-out normal images: {rate}" if normal["held_out"] else
+                   f"training images: {rate} on images that the model has seen (--holdout trains with a fair share unseen)"))
         verdict = "defective" if score > limit else "good"
         log(f"{file}: score {score:.4g}, {verdict}" + (f", {cls}" if cls else ""))
         rows.append([file, f"{score:.6g}", verdict, cls or "", f"{limit:.6g}"])
@@ -393,8 +394,9 @@ def predict(files, look, size, crop, normal, quantile, folder, log):
         heated = overlay(image, map, low, high)
         heated[outline(map > peak)] = 255
         name = Path(file).stem
-        while (folder / f"{name}.png").exists() and any(Path(row[0]).stem == name for row in rows[:-1]):
+        while name in used:  # files of the same name in other folders
             name += "_"
+        used.add(name)
         with data.atomic(folder / f"{name}.png") as temporary:
             panels([image, heated], f"{verdict}, score {score:.4g} (threshold {limit:.4g})" + (f", {cls}" if cls else "")
                    + f", {Path(file).name}", low, high, 384).save(temporary, format="PNG")

@@ -185,7 +185,7 @@ def test_losses_beyond_the_elements_that_torch_quantile_takes():
 # ---------------------------------------------------------------- several processes
 
 
-LOSSES = {  # name, p_hard, p_lim; in the last two A and N are so close that only those of both processes tell the branch
+LOSSES = {  # name, p_hard, p_lim; in the last two only A and N of both processes together tell the branch
     "global": ("global", 0.9999, 0.9995), "local": ("local", 0.9999, 0.9995), "local-hm": ("local-hm", 0.9999, 0.9),
     "adc, alpha": ("adc", 0.3, 0.999), "adc, beta": ("adc", 1.0, 0.9),
     "adc, just alpha": ("adc", 0.6, 0.6), "adc, just beta": ("adc", 0.6, 0.56),
