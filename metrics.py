@@ -12,6 +12,7 @@ A metric that is undefined (one class of label only, no mask) is nan: `-` in the
 import csv
 import json
 import math
+import os
 from statistics import fmean, stdev
 
 from pathlib import Path
@@ -308,6 +309,7 @@ def calibrate(maps, scores, classes, held_out):
 
 def threshold(normal, quantile, cls=None, key="scores"):
     """(quantile of the normal images' scores or map peaks, how many images); of all classes together if cls is None."""
+    cls = cls if cls in normal["classes"] else None
     values = [v for v, c in zip(normal[key], normal["classes"]) if cls in (None, c)]
     return float(np.quantile(values, quantile)), len(values)
 
@@ -324,32 +326,34 @@ def save_maps(folder, samples, images, masks, maps, scores, normal, quantile):
     for i, sample in enumerate(samples):
         rows.setdefault(sample.row, []).append(i)
     for row, index in tqdm(rows.items(), "pictures", leave=False, disable=None):
-        known = {c for c in normal["classes"]}
         (folder / row).mkdir(parents=True, exist_ok=True)
 
         def picture(i, size=256):
             sample = samples[i]
             mask = None if sample.label and sample.mask is None else masks[i]
-            low, high = scale(normal, quantile, sample.cls if sample.cls in known else None)
+            low, high = scale(normal, quantile, sample.cls)
             return strip(images[i], mask, maps[i], low, high, caption(sample, scores[i]), size)
 
         for i in index:
-            with data.atomic(folder / row / f"{file_name(samples[i])}.png") as temporary:
+            with data.atomic(folder / row / f"{'_'.join(place(samples[i])).replace('/', '_')}.png") as temporary:
                 picture(i).save(temporary, format="PNG")
         picked = pick(scores[index], [samples[i].label for i in index])
         sheet({title: [picture(index[i], 192) for i in chosen] for title, chosen in picked.items()}, folder / f"{row}.png")
 
 
-def file_name(sample):
-    parts = sample.image.replace("#", "/").split("/")
-    return "_".join([*parts[-2:-1], Path(parts[-1]).stem])
+def place(sample):
+    """(folder, name) of a sample's pictures: whatever folders lie below test/, else the last one; name without suffix."""
+    path = sample.image.replace(os.sep, "/")
+    path = path.rpartition("/test/")[2] if "/test/" in path else "/".join(path.split("/")[-2:])
+    folder, _, name = path.rpartition("/")
+    return folder, name if data.BATCH_IMAGE.fullmatch(sample.image) else Path(name).stem
 
 
 def save_tiff(folder, samples, maps):
     """Float maps at each image's own size, folder/CLASS/test/DEFECT/NAME.tiff: the layout of MVTec's evaluation code."""
     for sample, map in zip(samples, maps):
-        *_, defect, name = sample.image.replace("#", "/").split("/")
-        path = Path(folder, sample.cls, "test", defect, f"{Path(name).stem}.tiff")
+        defect, name = place(sample)
+        path = Path(folder, sample.cls, "test", defect, f"{name}.tiff")
         path.parent.mkdir(parents=True, exist_ok=True)
         size = data.read_image(sample.image).size
         with data.atomic(path) as temporary:
@@ -378,7 +382,8 @@ def predict(files, look, size, crop, normal, quantile, folder, log):
         low, high = scale(normal, quantile, cls)
         if cls not in stated:
             stated.add(cls)
-            above = sum(v > limit for v, c in zip(normal["scores"], normal["classes"]) if cls in (None, c))
+            alike = cls if cls in normal["classes"] else None
+            above = sum(v > limit for v, c in zip(normal["scores"], normal["classes"]) if alike in (None, c))
             rate = f"{above} of {count} above it, a false positive rate of {above / count:.1%}, " \
                    f"with 95 % confidence below {stats.beta.ppf(0.95, above + 1, count - above) if above < count else 1:.1%}"
             log(f"threshold{f' for {cls}' if cls else ''}: {limit:.4g}, the {quantile} quantile of "

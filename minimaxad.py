@@ -27,6 +27,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,9 +55,10 @@ PRESETS = {  # (set, unified?); sets that the paper does not use take the neares
     ("visa", False): {"size": 256, "epochs": 130, **POOR},  # authors' code 150 epochs
     ("aebad", False): {"size": 256, "crop": 224, "epochs": 130, **POOR},
 }
-RD = {"backbone": "wide_resnet50_2.tv_in1k", "size": 256, "epochs": 200, "gamma": 1.0, "loss": "global"}
+RD = {"backbone": "wide_resnet50_2.tv_in1k", "size": 256, "epochs": 200, "gamma": 1.0, "loss": "global",
+      "weight_decay": 0.0}
 TOY = {"size": 128, "epochs": 6, "loss": "adc", "backbone": "unireplknet_a"}
-RD_TOY = {"backbone": "resnet18", "loss": "global"}
+RD_TOY = {"backbone": "resnet18", "loss": "global", "gamma": 1.0, "weight_decay": 0.0}
 
 # The paper's I-AUROC in %: Tables 3, 4, A6, per class, the last the mean.
 MVTEC = ("carpet grid leather tile wood bottle cable capsule hazelnut metal_nut pill screw toothbrush transistor zipper "
@@ -88,6 +90,9 @@ FIGURES = {  # (set, unified?, arch, loss): (rows, {metric: figures})
     ("mad", False, "minimax", "adc"): (MAD, {"i_auroc": (
         72.1, 92.9, 89.1, 88.4, 78.8, 90.8, 84.3, 93.0, 88.4, 94.6, 86.2, 82.0, 74.8, 85.9, 80.8, 70.6, 87.0, 89.9, 89.4,
         75.2, 84.7)}),
+    ("mad", False, "rd", "global"): (MAD, {"i_auroc": (
+        75.5, 73.9, 53.6, 77.0, 59.2, 74.5, 70.2, 69.0, 56.7, 76.9, 71.5, 57.6, 58.6, 61.0, 51.9, 65.4, 67.4, 81.8, 72.0,
+        62.3, 66.8)}),
     ("visa", False, "minimax", "global"): (["mean"], {"i_auroc": (96.4,), "aupro": (90.4,)}),  # Table 2
     ("visa", False, "rd", "global"): (["mean"], {"i_auroc": (96.0,), "aupro": (70.9,)}),
 } | {key: (["mean"], {"i_auroc": (value,)}) for key, value in {  # Table 7
@@ -99,13 +104,30 @@ FIGURES = {  # (set, unified?, arch, loss): (rows, {metric: figures})
     ("aebad", False, "minimax", "adc"): 84.6, ("visa", False, "minimax", "adc"): 95.4}.items()}
 
 
-def paper_figures(args):
-    """{row: {metric: figure}} that the paper gives for this set, setting, architecture and loss; {} if it gives none."""
-    default = {"minimax": "unireplknet_n", "rd": RD["backbone"]}[args.arch]
-    if args.classes or args.backbone != default or (args.p_hard, args.p_lim) != (0.9999, 0.9995):
+A4 = {(0.999, 0.995): 85.6, (0.999, 0.9999): 86.0, (0.999, 1.0): 85.7, (0.9995, 0.995): 85.8, (0.9995, 1.0): 85.9,
+      (0.9999, 0.995): 85.4, (0.9999, 0.9999): 85.6, (0.9999, 1.0): 85.2}  # (p_lim, p_hard): I-AUROC on GoodsAD
+A5 = {0.999: 81.2, 0.9999: 77.3}  # p_lim of local-hm
+
+
+def paper_figures(args, found):
+    """{row: {metric: the paper's figure}} for this set, setting, architecture and loss, {} if it gives none.
+
+    found: the rows of our result. A mean, and anything of a unified model, compares only over all of the paper's classes.
+    """
+    unified = args.unified and args.data != "aebad"  # AeBAD is one class
+    backbone = {"minimax": "unireplknet_n", "rd": RD["backbone"]}[args.arch]
+    rows, figures = FIGURES.get((args.data, unified, args.arch, args.loss), ((), {}))
+    classes = {"mvtec": MVTEC, "visa": VISA, "goodsad": GOODSAD, "mad": MAD, "aebad": AEBAD}.get(args.data, ["mean"])[:-1]
+    complete = set(classes) <= set(found)
+    if args.backbone != backbone or (unified and not complete) or \
+            args.size != PRESETS.get((args.data, unified), {"size": 256})["size"]:
         return {}
-    rows, figures = FIGURES.get((args.data, args.unified, args.arch, args.loss), ((), {}))
-    return {row: {metric: values[i] / 100 for metric, values in figures.items()} for i, row in enumerate(rows)}
+    if (args.p_lim, args.p_hard) != (0.9995, 0.9999) and args.loss in ("adc", "local-hm"):
+        value = A4.get((args.p_lim, args.p_hard)) if args.loss == "adc" else A5.get(args.p_lim)
+        fits = value and complete and (args.data, args.arch) == ("goodsad", "minimax")
+        return {"mean": {"i_auroc": round(value / 100, 3)}} if fits else {}
+    return {row: {metric: round(values[i] / 100, 3) for metric, values in figures.items()} for i, row in enumerate(rows)
+            if row in found or row == "mean" and complete}
 
 
 # ---------------------------------------------------------------- layers
@@ -564,7 +586,7 @@ def adc_threshold(S, p_hard=0.9999, p_lim=0.9995):
     sigma2 = variance(S)
     A = total((S.square() >= alpha - sigma2).sum())
     N = total_size(S.numel(), S.device) * (1 - p_lim)
-    return torch.where(A >= N, alpha, beta) - sigma2
+    return torch.where((A >= N) & (A > 0), alpha, beta) - sigma2  # p_lim 1 makes N 0
 
 
 def mined_mean(S, threshold):
@@ -669,6 +691,7 @@ def map_variance(maps):
 
 # ---------------------------------------------------------------- train
 
+STATE = ("name", "settings", "root", "seed", "classes", "epoch", "model", "optimizer", "normal", "result")
 SETTINGS = ("data", "unified", "classes", "normals", "arch", "backbone", "weights", "loss", "p_hard", "p_lim", "size",
             "crop", "augment", "epochs", "batch_size", "lr", "weight_decay", "gamma", "amp", "holdout", "score")
 
@@ -677,7 +700,7 @@ def train(model, images, index, settings, seed, device, path, state):
     """Train bottleneck and decoder in place on images[index], a checkpoint after each epoch, from where state stops."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if settings["arch"] == "rd":
-        optimizer = torch.optim.Adam(parameters, settings["lr"], betas=(0.5, 0.999))
+        optimizer = torch.optim.Adam(parameters, settings["lr"], betas=(0.5, 0.999), weight_decay=settings["weight_decay"])
     else:
         optimizer = torch.optim.AdamW(parameters, settings["lr"], betas=(0.9, 0.999),
                                       weight_decay=settings["weight_decay"])
@@ -748,8 +771,12 @@ def share_buffers(model):
 
 def save(path, state):
     if RANK == 0:
-        with data.atomic(path) as temporary:
-            torch.save(state, temporary)
+        try:
+            with data.atomic(path) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+            raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); its last version is whole, "
+                                 "--resume goes on from it") from None
 
 
 # ---------------------------------------------------------------- evaluate
@@ -774,11 +801,12 @@ def infer(network, images, device, quiet=False):
 
     Every process computes its share; process 0 gets all, the others None.
     """
-    maps, scores = torch.zeros(0, network.size, network.size), torch.zeros(0)
+    maps, scores = [torch.zeros(0, network.size, network.size)], [torch.zeros(0)]
     for batch in progress(torch.arange(len(images))[RANK::WORLD].split(16), "evaluate", off=quiet):
         S, score = network(to_device(images[batch.numpy()], device))
-        maps, scores = torch.cat([maps, S.cpu()]), torch.cat([scores, score.cpu()])
-    maps, scores = gather(maps, len(images), device), gather(scores, len(images), device)
+        maps.append(S.cpu())
+        scores.append(score.cpu())
+    maps, scores = (gather(torch.cat(x), len(images), device) for x in (maps, scores))
     return (None, None) if maps is None else (maps.numpy(), scores.numpy())
 
 
@@ -801,7 +829,10 @@ def gather(x, N, device):
 
 
 def run(args):
-    device = start(args)
+    try:
+        device = start(args)
+    except (RuntimeError, AssertionError) as error:
+        raise data.DataError(f"--device {args.device}: not usable here ({str(error).splitlines()[0][:120]})") from None
     if args.bench:
         return bench(args, device)
     states, asked = [], args.classes
@@ -809,16 +840,23 @@ def run(args):
         states = load_run(args.eval)
         vars(args).update(states[0]["settings"], seed=sorted({state["seed"] for state in states}))
         args.root = args.root or states[0]["root"]
+        for state in states:
+            if state["normal"] is None and (args.predict or args.export or args.save_maps):
+                raise data.DataError(f"--eval {args.eval}: the training of {state['name']} stopped after epoch "
+                                     f"{state['epoch']} of {args.epochs}; finish it with --resume")
     folder = run_folder(args)
     if args.predict or args.export:
         if len(states) > 1:
             raise data.DataError(f"--eval {args.eval}: it holds {len(states)} models; name one of its .pt files")
+        if WORLD > 1:
+            raise data.DataError("--predict and --export run in one process, without torchrun")
         return (export if args.export else predict)(args, states[0], folder, device, asked)
 
+    cache = None if args.cache == "none" or args.data == "toy" else args.cache
     dataset = data.load(args.data, args.root, args.classes, args.normals, warn=log)
     crop = None if args.augment else args.crop  # the augmentation crops by itself
     decode = lambda samples, name, crop=args.crop, masks=False: data.decode(
-        samples, args.size, crop, masks=masks, cache=args.cache, workers=args.workers, name=name, progress=RANK == 0)
+        samples, args.size, crop, masks=masks, cache=cache, workers=args.workers, name=name, progress=RANK == 0)
     test_images = in_turn(lambda: decode(dataset.test, "test images"))
     masks = in_turn(lambda: decode(dataset.test, "masks", masks=True))
     results = {}
@@ -836,12 +874,13 @@ def run(args):
                 if args.save_tiff:
                     metrics.save_tiff(folder / "tiff" / f"seed{state['seed']}", samples, maps)
         if not args.eval:
+            state["optimizer"] = None  # finished: it is not needed any more
             save(folder / f"{state['name']}.pt", state)
         results.setdefault(state["seed"], {}).update(state["result"] or {})
     if RANK == 0:
         result = metrics.over_seeds({seed: {"classes": rows, "mean": metrics.mean(rows)}
                                      for seed, rows in results.items()})
-        log(metrics.table(result, paper_figures(args)))
+        log(metrics.table(result, paper_figures(args, result["classes"])))
         metrics.save_json(folder / "metrics.json", {"seed": args.seed, **{key: getattr(args, key) for key in SETTINGS}},
                           result)
         log(f"written to {folder}")
@@ -854,6 +893,8 @@ def train_all(args, dataset, decode, folder, device):
         f"{WORLD} process(es), {device}")
     if not dataset.train:
         raise data.DataError(f"--data {args.data}: no training images")
+    if args.batch_size < WORLD:
+        raise data.DataError(f"--batch-size {args.batch_size}: less than one image for each of {WORLD} processes")
     if RANK == 0:
         metrics.save_json(folder / "args.json", vars(args), {})
     images, names = in_turn(decode), [sample.cls for sample in dataset.train]
@@ -868,8 +909,9 @@ def train_all(args, dataset, decode, folder, device):
             torch.manual_seed(seed)
             model = MiniMaxAD(encoder, args.arch).to(device)
             if WORLD > 1 and device.type == "cuda":
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            state = dict(name=name, settings=settings, root=str(args.root), seed=seed, classes=classes, epoch=0,
+                model.bottleneck, model.decoder = map(nn.SyncBatchNorm.convert_sync_batchnorm,
+                                                      (model.bottleneck, model.decoder))
+            state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          model=None, optimizer=None, normal=None, result=None)
             if args.resume and (path := folder / f"{name}.pt").exists():
                 state = resume(path, state)
@@ -880,15 +922,16 @@ def train_all(args, dataset, decode, folder, device):
                       folder / f"{name}.pt", state)
             network = Inference(model, args.crop or args.size, args.score)
             if not state["result"]:
-                normal = (mine & (held_out if held_out.any() else ~held_out)).nonzero().squeeze(1).numpy()
-                seen = images[normal]
+                kept, index = mine & held_out, mine.nonzero().squeeze(1)
+                normal = (kept.nonzero().squeeze(1) if kept.any() else index[::-(-len(index) // 1000)]).numpy()
+                seen = images[normal]  # 1000 will do
                 if args.augment and args.crop:  # decoded without the crop
                     edge = (args.size - args.crop) // 2
                     seen = seen[:, edge:edge + args.crop, edge:edge + args.crop]
                 maps, scores = infer(network, seen, device)
                 if RANK == 0:
                     state["normal"] = metrics.calibrate(maps, scores, [names[i] for i in normal],
-                                                        held_out=bool(held_out.any()))
+                                                        held_out=bool(kept.any()))
             yield state, network
 
 
@@ -899,7 +942,7 @@ def run_folder(args):
         folder = Path(args.out or (source if source.is_dir() else source.parent) / "eval")
     elif args.out:
         folder = Path(args.out)
-        if not args.resume and any(folder.glob("*.pt")):
+        if not args.resume and any(folder.glob("seed*.pt")):
             raise data.DataError(f"--out {folder}: holds a run already; --resume goes on with it")
     else:
         stem = f"minimaxad-{args.data}-{'unified' if args.unified else 'separate'}"
@@ -910,12 +953,16 @@ def run_folder(args):
     folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         LOG.append(folder / "log.txt")
+        for left in folder.glob(".tmp*"):  # by a run that was killed while it wrote
+            left.unlink()
+        if args.resume and not any(folder.glob("seed*.pt")):
+            log(f"{folder}: no checkpoint yet, starting from the beginning")
     return folder
 
 
 def load_run(path):
     """States of a checkpoint file, or of all in a run's folder."""
-    paths = sorted(Path(path).glob("*.pt")) if Path(path).is_dir() else [Path(path)]
+    paths = sorted(Path(path).glob("seed*.pt")) if Path(path).is_dir() else [Path(path)]
     if not paths:
         raise data.DataError(f"--eval {path}: no checkpoint (.pt) in this folder")
     states = []
@@ -923,11 +970,13 @@ def load_run(path):
         try:
             states.append(torch.load(p, "cpu", weights_only=True))
         except FileNotFoundError:
-            raise data.DataError(f"--eval {p}: no such file") from None
+            raise data.DataError(f"{p}: no such file") from None
         except Exception as error:  # pickle, zip and OS errors share no base class
-            raise data.DataError(f"--eval {p}: not a readable checkpoint ({type(error).__name__})") from None
-        if not (isinstance(states[-1], dict) and "arch" in states[-1].get("settings", {})):
-            raise data.DataError(f"--eval {p}: not a checkpoint of minimaxad.py")
+            raise data.DataError(f"{p}: not a readable checkpoint ({type(error).__name__})") from None
+        state = states[-1]
+        if not (isinstance(state, dict) and set(STATE) <= state.keys() and isinstance(state["settings"], dict)
+                and set(SETTINGS) <= state["settings"].keys()):
+            raise data.DataError(f"{p}: not a checkpoint of this version of minimaxad.py")
     return states
 
 
@@ -947,14 +996,17 @@ def restore(state, device):
     """The network for inference from a checkpoint alone."""
     settings = state["settings"]
     model = MiniMaxAD(load_encoder(settings["backbone"], "none", log=lambda line: None), settings["arch"])
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:  # names the tensors
+        raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
     return Inference(model.to(device), settings["crop"] or settings["size"], settings["score"])
 
 
 def predict(args, state, folder, device, asked):
     """Score, verdict and picture of the images --predict names; True if every file could be read."""
-    if asked and asked[0] not in state["classes"]:
-        raise data.DataError(f"--classes {asked[0]}: the checkpoint knows {', '.join(state['classes'])}")
+    if asked and (len(asked) > 1 or asked[0] not in state["classes"]):
+        raise data.DataError(f"--classes {' '.join(asked)}: with --predict one of {', '.join(state['classes'])}")
     network = restore(state, device)
     cls = asked[0] if asked else state["classes"][0] if len(state["classes"]) == 1 else None
 
@@ -1006,13 +1058,14 @@ LOG = []  # the run's log.txt, on process 0
 
 def start(args):
     """Device of this process; joins the process group under torchrun."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else
-                                          "mps" if torch.backends.mps.is_available() else "cpu"))
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(args.device or best)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         torch.cuda.set_device(device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.zeros(1, device=device)
+    if WORLD > 1:  # the others may wait for hours while process 0 decodes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return device
 
 
@@ -1054,7 +1107,7 @@ def number(kind, low, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole number' if kind is int else 'a number'} "
                                              + (f"from {low} to {high}" if high < math.inf else f"of {low} or more"))
         return value
@@ -1111,6 +1164,13 @@ def parse(argv=None):
     group.add_argument("--bench", action="store_true", help="images per second and storage, no data needed")
 
     args = parser.parse_args(argv)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.typed = sorted(vars(parser.parse_args(argv)))
+    clash = [key for key in args.typed if key in (*SETTINGS, "seed", "resume") and (key != "classes" or not args.predict)]
+    if args.eval and clash:
+        parser.error(f"--{clash[0].replace('_', '-')} does not go with --eval: the checkpoint says it")
+    args.seed = sorted(set(args.seed))
     if (args.predict or args.export) and not args.eval:
         parser.error("--predict and --export need --eval CKPT")
     if args.data == "toy":
@@ -1124,7 +1184,6 @@ def parse(argv=None):
             setattr(args, key, value)
     if args.crop and args.crop > args.size:
         parser.error(f"--crop {args.crop} is larger than --size {args.size}")
-    args.cache = None if args.cache == "none" or args.data == "toy" else args.cache
     return args
 
 
@@ -1133,16 +1192,20 @@ def find_preset(args):
     common = {"backbone": "unireplknet_n", "weights": None, "crop": None, **OPTIMISER,
               "holdout": 0.1 if args.data in ("toy", "folder") else 0.0,
               "score": "mean" if args.data == "cifar10" else "max"}
+    if args.data == "toy" and args.bench:
+        return {**common, **PRESETS["mvtec", True], **(RD if args.arch == "rd" else {})}, ""
     if args.data == "toy":
         weights = {} if args.backbone else {"weights": "none"}
         return {**common, **TOY, **weights, **(RD_TOY if args.arch == "rd" else {})}, ""
     nearest = ("goodsad", False) if args.data == "folder" else ("mvtec", True) if args.unified else ("visa", False)
-    exact = PRESETS.get((args.data, args.unified))
+    exact = PRESETS.get((args.data, args.unified and args.data != "aebad"))  # AeBAD is one class
     note = "" if exact else (f"note: the paper has no settings for {args.data} {'unified' if args.unified else 'separate'}; "
                              f"taking those of {nearest[0]} {'unified' if nearest[1] else 'separate'}")
     preset = {**common, **(exact or PRESETS[nearest])}
     if args.data == "folder":
         preset["size"] = 256
+    if "size" in args.typed:
+        preset["crop"] = None  # the preset's crop belongs to its size
     if args.arch == "rd":
         preset |= RD
     return preset, note
@@ -1155,7 +1218,7 @@ def show(preset):
 def main():
     try:
         ok = run(parse())
-    except data.DataError as error:
+    except (data.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:

@@ -38,6 +38,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -91,8 +93,8 @@ VARIANTS = {
     (True, "pool", "feature", True, True, True): (.976, .470),
     (True, "token", "feature", True, True, True): (.979, .470),
     (True, "text", "feature", True, True, True): (.977, .463),
-    (False, "inr", "image", True, True, True): (.978, .465),
-    (False, "inr", "label", True, True, True): (.980, .472),
+    (False, "inr", "image", True, False, True): (.978, .465),
+    (False, "inr", "label", True, False, True): (.980, .472),
     (False, "mlp", "feature", True, True, True): (.980, .498),
     (False, "learned", "feature", False, False, False): (.971, .447),
     (False, "learned", "feature", True, False, False): (.975, .445),
@@ -104,25 +106,27 @@ BACKBONES = {"resnet18.tv_in1k": .931, "resnet34.tv_in1k": .927, "resnet50.tv_in
              "tf_efficientnet_b0.aa_in1k": .983, "tf_efficientnet_b2.aa_in1k": .964, "tf_efficientnet_b6.aa_in1k": .985}  # Table 8
 
 
-def paper_figures(args):
-    """{row: {metric: figure}} that the paper gives for this set, setting, variant and backbone; {} if it gives none."""
-    setting = "unified" if args.unified or args.data == "cifar10" else "separate"
-    method = "uniad" if args.uniad else "mint"
-    variant = (args.uniad, args.query, args.prompt, args.adapter, args.cls_loss, args.prior_loss)
-    if args.classes or args.size != PAPER["size"]:
-        return {}
-    if args.backbone != PAPER["backbone"] or variant not in ((True, "layerwise", "feature", True, True, True),
-                                                             (False, "inr", "feature", True, True, True)):
-        if (args.data, setting) != ("mvtec", "unified"):
-            return {}
-        if args.backbone == PAPER["backbone"] and variant in VARIANTS:
-            return {"mean": dict(zip(("i_auroc", "p_aupr"), VARIANTS[variant]))}
-        if args.backbone in BACKBONES and variant == (False, "inr", "feature", True, True, True):
-            return {"mean": {"i_auroc": BACKBONES[args.backbone]}}
-        return {}
+def paper_figures(args, found):
+    """{row: {metric: the paper's figure}} for this set, setting, variant and backbone, {} if it gives none.
+
+    found: the rows of our result. A mean, and anything of a unified model, compares only over all of the paper's classes.
+    """
+    setting, method = "unified" if args.unified else "separate", "uniad" if args.uniad else "mint"
     rows = {"mvtec": MVTEC, "visa": VISA, "cifar10": CIFAR10}.get(args.data, [])
-    figures = FIGURES.get((args.data, method, setting), {})
-    return {row: {metric: values[i] for metric, values in figures.items()} for i, row in enumerate(rows) if figures}
+    complete = set(rows) - {"mean"} <= set(found)
+    if args.size != PAPER["size"] or (args.unified and args.data != "cifar10" and not complete):
+        return {}
+    variant = (args.uniad, args.query, args.prompt, args.adapter, args.cls_loss, args.prior_loss)
+    default = variant == (args.uniad, "layerwise" if args.uniad else "inr", "feature", True, True, True)
+    if default and args.backbone == PAPER["backbone"]:
+        figures = FIGURES.get((args.data, method, setting), {})
+        return {row: {metric: values[i] for metric, values in figures.items()} for i, row in enumerate(rows)
+                if figures and (row in found or row == "mean" and complete)}
+    if (args.data, setting) != ("mvtec", "unified"):
+        return {}
+    if args.backbone == PAPER["backbone"] and variant in VARIANTS:
+        return {"mean": dict(zip(("i_auroc", "p_aupr"), VARIANTS[variant]))}
+    return {"mean": {"i_auroc": BACKBONES[args.backbone]}} if default and method == "mint" and args.backbone in BACKBONES else {}
 
 
 # --------------------------------------------------------------------------------------------------------- layers
@@ -326,7 +330,9 @@ class INR(nn.Module):
         self.modulation = nn.ModuleList(nn.Linear(D if i else Z + E, D) for i in range(layers))
         self.synthesis = nn.ModuleList(nn.Linear(D if i else E, D) for i in range(layers))
         self.output = nn.Linear(D, D)
-        for i, layer in enumerate([*self.synthesis, self.output]):  # SIREN, Sec. 3.2, with omega inside the weights
+        # SIREN's initialisation (its Sec. 3.2) with omega_0 inside the weights. The last layer, which is linear, keeps the
+        # hidden layers' bound, so that q starts at the scale of a learned query instead of near zero: our choice.
+        for i, layer in enumerate([*self.synthesis, self.output]):
             bound = math.sqrt(6 / D) if i else omega / E
             nn.init.uniform_(layer.weight, -bound, bound)
 
@@ -394,9 +400,9 @@ class Backbone(nn.Module):
             index = [i for i, reduction in enumerate(info.reduction()) if reduction in levels]
             self.net = timm.create_model(name, features_only=True, out_indices=index)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-            raise data.DataError(f"--backbone {name}: timm makes no feature maps of it ({str(error).splitlines()[0]})")
-        if max(levels) not in info.reduction():
-            raise data.DataError(f"--backbone {name}: its reductions {info.reduction()} lack {max(levels)}")
+            raise data.DataError(f"--backbone {name}: timm makes no feature maps of it ({' '.join(str(error).split())[:150]})")
+        if 16 not in info.reduction():
+            raise data.DataError(f"--backbone {name}: its reductions {info.reduction()} lack 16")
         if hasattr(self.net, "blocks"):  # timm's EfficientNets would compute the stages beyond the last level too
             del self.net.blocks[int(self.net.feature_info.module_name()[-1].split(".")[1]) + 1:]
         if weights != "none":
@@ -405,8 +411,8 @@ class Backbone(nn.Module):
         self.register_buffer("image_mean", torch.tensor(self.net.pretrained_cfg["mean"]).view(3, 1, 1))
         self.register_buffer("image_std", torch.tensor(self.net.pretrained_cfg["std"]).view(3, 1, 1))
         with torch.no_grad():
-            last = self.net(torch.zeros(1, 3, size, size))[-1]
-        self.H, self.W = last.shape[-2:]
+            levels = self.net(torch.zeros(1, 3, size, size))
+        self.H, self.W = levels[[info.reduction()[i] for i in index].index(16)].shape[-2:]  # stage 4, on CIFAR-10 too
         self.C = sum(info.channels()[i] for i in index)
 
     def train(self, mode=True):
@@ -418,6 +424,7 @@ class Backbone(nn.Module):
         return torch.cat(f, 1).flatten(2).transpose(1, 2)  # B x C x H x W -> B x P x C
 
 
+@torch.no_grad()
 def load_backbone(net, name, weights=None):
     """Fill a timm network from a checkpoint file, or from timm's download if weights is None.
 
@@ -427,19 +434,24 @@ def load_backbone(net, name, weights=None):
         try:
             state = timm.create_model(name, pretrained=True).state_dict()
         except Exception as error:  # whatever the hub's client raises
-            raise data.DataError(f"--backbone {name}: its weights cannot be downloaded ({str(error).splitlines()[0]}); "
+            raise data.DataError(f"--backbone {name}: its weights cannot be downloaded ({' '.join(str(error).split())[:150]}); "
                                  "give a local file by --weights FILE, or --weights none for an untrained backbone")
     else:
         state = read_tensors(weights)
-        state = next((state[key] for key in ("state_dict", "model", "models") if isinstance(state.get(key), dict)), state)
+        for key in ("state_dict", "model", "models"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+    flat = lambda key: key.replace(".", "_")  # timm's feature networks write stages_0 for stages.0
+    found = {flat(key): value for key, value in state.items() if torch.is_tensor(value)} if isinstance(state, dict) else {}
     wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     for key, value in wanted.items():
-        if key not in state:
+        if flat(key) not in found:
             raise data.DataError(f"--weights {weights}: no tensor {key}; is this a checkpoint of {name}?")
-        if state[key].shape != value.shape:
-            raise data.DataError(f"--weights {weights}: {key} is {tuple(state[key].shape)}, {name} has {tuple(value.shape)}")
-    net.load_state_dict({key: state[key] for key in wanted}, strict=False)  # strict but for num_batches_tracked
-    log(f"backbone {name}: {len(wanted)} tensors loaded from {weights or 'timm'}, {len(set(state) - set(wanted))} not needed")
+        if found[flat(key)].shape != value.shape:
+            raise data.DataError(f"--weights {weights}: {key} is {tuple(found[flat(key)].shape)}, "
+                                 f"{name} has {tuple(value.shape)}")
+        value.copy_(found[flat(key)])
+    log(f"backbone {name}: {len(wanted)} tensors loaded from {weights or 'timm'}, {len(found) - len(wanted)} not needed")
 
 
 def read_tensors(path):
@@ -449,7 +461,7 @@ def read_tensors(path):
     except FileNotFoundError:
         raise data.DataError(f"{path}: no such file")
     except Exception as error:  # pickle, zip, safetensors and OS errors share no base class
-        raise data.DataError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})")
+        raise data.DataError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]})")
 
 
 class MINTAD(nn.Module):
@@ -622,7 +634,7 @@ def train(model, features, index, labels, settings, seed, device, path, state):
     epochs, steps = settings["epochs"], -(-len(index) // settings["batch_size"])
     bar = progress(None, path.stem, total=epochs * steps, initial=state["epoch"] * steps)
     for epoch in range(state["epoch"], epochs):
-        start, sums = time.time(), {}
+        start, sums = time.time(), dict.fromkeys(("mse", "ce", "prior", "accuracy", "std f'"), torch.zeros((), device=device))
         for group in optimizer.param_groups:
             group["lr"] = settings["lr"] * (1 if epoch < 0.8 * epochs else 0.1)  # Sec. 4.1: after 800 of 1000
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
@@ -639,7 +651,7 @@ def train(model, features, index, labels, settings, seed, device, path, state):
                 share = len(part) / len(batch)
                 (loss * share).backward()
                 for key, value in {**losses, **extra}.items():
-                    sums[key] = sums.get(key, 0) + value.detach() * len(part) / len(index)
+                    sums[key] = sums[key] + value.detach() * len(part) / len(index)
             sum_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 0.1)
             optimizer.step()
@@ -668,8 +680,12 @@ def sum_gradients(parameters):
 
 def save(path, state):
     if RANK == 0:
-        with data.atomic(path) as temporary:
-            torch.save(state, temporary)
+        try:
+            with data.atomic(path) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+            raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); its last version is whole, "
+                                 "--resume goes on from it") from None
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -682,13 +698,13 @@ def infer(backbone, model, images, args, device, labels=None, quiet=False):
     images: uint8 N x S x S x 3. Every process computes its share; process 0 gets all, the others None.
     """
     model.eval()
-    s, classes = torch.zeros(0, model.H, model.W), torch.zeros(0, dtype=torch.long)
+    s, classes = [torch.zeros(0, model.H, model.W)], [torch.zeros(0, dtype=torch.long)]
     for batch in progress(torch.arange(len(images))[RANK::WORLD].split(32), "evaluate", off=quiet):
         f = backbone(to_device(images[batch.numpy()], device))
         f_, r, logits, _ = model(f, None if labels is None else labels[batch].to(device))
-        s = torch.cat([s, anomaly_map(f_, r, model.H, model.W).cpu()])
-        classes = torch.cat([classes, logits.argmax(1).cpu() if logits is not None else torch.full((len(f),), -1)])
-    s, classes = gather(s, len(images), device), gather(classes, len(images), device)
+        s.append(anomaly_map(f_, r, model.H, model.W).cpu())
+        classes.append(logits.argmax(1).cpu() if logits is not None else torch.full((len(f),), -1))
+    s, classes = (gather(torch.cat(x), len(images), device) for x in (s, classes))
     if s is None:
         return None, None, None
     maps = torch.cat([upsample(part, args.size) for part in s.split(256)])
@@ -717,12 +733,16 @@ def score_kind(args):
 # ------------------------------------------------------------------------------------------------------------ run
 
 VARIANT = ("query", "prompt", "adapter", "cls_loss", "prior_loss", "uniad")
+STATE = ("name", "settings", "root", "seed", "classes", "epoch", "model", "optimizer", "normal", "result")
 SETTINGS = ("data", "unified", "classes", "normals", "backbone", "weights", "size", "epochs", "batch_size", "lr",
             "weight_decay", "amp", "holdout", "text", *VARIANT)  # what a result depends on; kept in the checkpoint
 
 
 def run(args):
-    device = start(args)
+    try:
+        device = start(args)
+    except (RuntimeError, AssertionError) as error:
+        raise data.DataError(f"--device {args.device}: not usable here ({str(error).splitlines()[0][:120]})") from None
     if args.bench:
         return bench(args, device)
     states, asked = [], args.classes
@@ -730,16 +750,23 @@ def run(args):
         states = load_run(args.eval)
         vars(args).update(states[0]["settings"], seed=sorted({state["seed"] for state in states}))
         args.root = args.root or states[0]["root"]
+        for state in states:
+            if state["normal"] is None and (args.predict or args.export or args.save_maps):
+                raise data.DataError(f"--eval {args.eval}: the training of {state['name']} stopped after epoch "
+                                     f"{state['epoch']} of {args.epochs}; finish it with --resume")
     folder = run_folder(args)
     if args.predict or args.export:
         if len(states) > 1:
             raise data.DataError(f"--eval {args.eval}: it holds {len(states)} models; name one of its .pt files")
+        if WORLD > 1:
+            raise data.DataError("--predict and --export run in one process, without torchrun")
         backbone, model = restore(states[0], device)
         return (export if args.export else predict)(args, states[0], backbone, model, folder, device, asked)
 
+    cache = None if args.cache == "none" or args.data == "toy" else args.cache
     dataset = data.load(args.data, args.root, args.classes, args.normals, warn=log)
     decode = lambda samples, name, masks=False: data.decode(  # process 0 fills the cache, the others then open it
-        samples, args.size, masks=masks, cache=args.cache, workers=args.workers, name=name, progress=RANK == 0)
+        samples, args.size, masks=masks, cache=cache, workers=args.workers, name=name, progress=RANK == 0)
     test_images = in_turn(lambda: decode(dataset.test, "test images"))
     masks = in_turn(lambda: decode(dataset.test, "masks", masks=True))
     if any(sample.cls not in dataset.classes for sample in dataset.test) and needs_label(args):
@@ -761,12 +788,13 @@ def run(args):
                 if args.save_tiff:
                     metrics.save_tiff(folder / "tiff" / f"seed{state['seed']}", samples, maps)
         if not args.eval:
+            state["optimizer"] = None  # finished: it is not needed any more
             save(folder / f"{state['name']}.pt", state)
         results.setdefault(state["seed"], {}).update(state["result"] or {})
     if RANK == 0:
         result = metrics.over_seeds({seed: {"classes": rows, "mean": metrics.mean(rows)}
                                      for seed, rows in results.items()})
-        log(metrics.table(result, paper_figures(args)))
+        log(metrics.table(result, paper_figures(args, result["classes"])))
         metrics.save_json(folder / "metrics.json", {"seed": args.seed, **{key: getattr(args, key) for key in SETTINGS}},
                           result)
         log(f"written to {folder}")
@@ -779,6 +807,8 @@ def train_all(args, dataset, decode, folder, device):
         f"{WORLD} process(es), {device}")
     if not dataset.train:
         raise data.DataError(f"--data {args.data}: no training images")
+    if args.batch_size < WORLD:
+        raise data.DataError(f"--batch-size {args.batch_size}: less than one image for each of {WORLD} processes")
     if RANK == 0:
         metrics.save_json(folder / "args.json", vars(args), {})
     if args.weights == "none":
@@ -795,7 +825,7 @@ def train_all(args, dataset, decode, folder, device):
             torch.manual_seed(seed)
             model = MINTAD(backbone.C, backbone.H, backbone.W, len(classes), text=text,
                            **{key: settings[key] for key in VARIANT}).to(device)
-            state = dict(name=name, settings=settings, root=str(args.root), seed=seed, classes=classes, epoch=0,
+            state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          model=None, optimizer=None, backbone=backbone.state_dict(), normal=None, result=None)
             if args.resume and (path := folder / f"{name}.pt").exists():
                 state = resume(path, state)
@@ -810,12 +840,13 @@ def train_all(args, dataset, decode, folder, device):
                     for buffer, value in zip((model.mean, model.std), channel_statistics(features, index)):
                         buffer.copy_(value)
                 train(model, features, index, relative[index], settings, seed, device, folder / f"{name}.pt", state)
-                normal = (mine & held_out).nonzero().squeeze(1) if held_out.any() else index
+                kept = mine & held_out
+                normal = kept.nonzero().squeeze(1) if kept.any() else index[::-(-len(index) // 1000)]  # 1000 will do
                 maps, scores, _ = infer(backbone, model, images[normal.numpy()], args, device,
                                         relative[normal] if needs_label(args) else None)
                 if RANK == 0:
                     state["normal"] = metrics.calibrate(maps, scores, [classes[k] for k in relative[normal]],
-                                                        held_out=bool(held_out.any()))
+                                                        held_out=bool(kept.any()))
             yield state, backbone, model
 
 
@@ -831,7 +862,7 @@ def read_text(path, classes):
     """K x E text embeddings from a safetensors file with one row (a tensor of E) per class name."""
     rows = read_tensors(path)
     for cls in classes:
-        if cls not in rows:
+        if not torch.is_tensor(rows.get(cls)):
             raise data.DataError(f"--text {path}: no row '{cls}'; it has {', '.join(sorted(rows))[:200]}")
     return torch.stack([rows[cls].float().flatten() for cls in classes])
 
@@ -843,7 +874,7 @@ def run_folder(args):
         folder = Path(args.out or (source if source.is_dir() else source.parent) / "eval")
     elif args.out:
         folder = Path(args.out)
-        if not args.resume and any(folder.glob("*.pt")):
+        if not args.resume and any(folder.glob("seed*.pt")):
             raise data.DataError(f"--out {folder}: holds a run already; --resume goes on with it")
     else:
         stem = f"mintad-{args.data}-{'unified' if args.unified else 'separate'}"
@@ -854,18 +885,23 @@ def run_folder(args):
     folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         LOG.append(folder / "log.txt")
+        for left in folder.glob(".tmp*"):  # by a run that was killed while it wrote
+            left.unlink()
+        if args.resume and not any(folder.glob("seed*.pt")):
+            log(f"{folder}: no checkpoint yet, starting from the beginning")
     return folder
 
 
 def load_run(path):
     """States of a checkpoint file, or of all in a run's folder."""
-    paths = sorted(Path(path).glob("*.pt")) if Path(path).is_dir() else [Path(path)]
+    paths = sorted(Path(path).glob("seed*.pt")) if Path(path).is_dir() else [Path(path)]
     if not paths:
         raise data.DataError(f"--eval {path}: no checkpoint (.pt) in this folder")
     states = [read_tensors(p) for p in paths]
     for p, state in zip(paths, states):
-        if not (isinstance(state, dict) and {"settings", "backbone", "normal"} <= state.keys()):
-            raise data.DataError(f"--eval {p}: not a checkpoint of mintad.py")
+        if not (isinstance(state, dict) and {*STATE, "backbone"} <= state.keys() and isinstance(state["settings"], dict)
+                and set(SETTINGS) <= state["settings"].keys()):
+            raise data.DataError(f"{p}: not a checkpoint of this version of mintad.py")
     return states
 
 
@@ -884,16 +920,21 @@ def resume(path, expected):
 def restore(state, device):
     """(backbone, model) from a checkpoint alone."""
     backbone, model = build(state["settings"], len(state["classes"]), "none", state["model"].get("text"))
-    backbone.load_state_dict(state["backbone"])
-    model.load_state_dict(state["model"])
+    try:
+        backbone.load_state_dict(state["backbone"])
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:  # names the tensors
+        raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
     return backbone.to(device).eval(), model.to(device).eval()
 
 
 def predict(args, state, backbone, model, folder, device, asked):
     """Score, verdict, class and picture of the images --predict names; True if every file could be read."""
     label = None
+    if asked and (len(asked) > 1 or asked[0] not in state["classes"]):
+        raise data.DataError(f"--classes {' '.join(asked)}: with --predict one of {', '.join(state['classes'])}")
     if needs_label(args):
-        if not asked or asked[0] not in state["classes"]:
+        if not asked:
             raise data.DataError("--classes: this model needs the class of the images, one of " + ", ".join(state["classes"]))
         label = torch.tensor([state["classes"].index(asked[0])])
 
@@ -932,34 +973,34 @@ def export(args, state, backbone, model, folder, device, asked):
 
 
 def bench(args, device):
-    """Table 6: parameters, FLOPs, seconds per batch, peak memory and storage, beside the paper's."""
-    settings = {key: getattr(args, key) for key in SETTINGS}
-    backbone, model = build(settings, 15, "none", torch.zeros(15, 512) if args.query == "text" else None)
-    network = Inference(backbone, model, args.size, score_kind(args)).eval().to(device).requires_grad_(False)
+    """Table 6: parameters, multiply-adds, seconds per batch, peak memory and storage; beside the paper's for its settings."""
     if needs_label(args):
         raise data.DataError("--bench: a variant that needs a label is not timed")
-    millions = lambda m: sum(p.numel() for p in m.parameters()) / 1e6 if m is not None else 0
+    backbone, model = build({key: getattr(args, key) for key in SETTINGS}, 15, "none")
+    network = Inference(backbone, model, args.size, score_kind(args)).eval().to(device).requires_grad_(False)
+    parts = {"backbone": backbone, **dict(model.named_children()), "in all": network}
+    parameters = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     log(f"{args.backbone}, {args.size} x {args.size}, {torch.get_num_threads()} threads, device "
         + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type))
-    parts = {name: module for name, module in model.named_children()}
-    log("parameters (M): backbone %.2f, " % millions(backbone) + ", ".join(f"{k} {millions(m):.2f}" for k, m in parts.items())
-        + f"; without backbone {millions(model):.2f}, all {millions(network):.2f} (paper: MINT-AD 9.44, UniAD 6.27)")
-    from torch.utils.flop_counter import FlopCounterMode
-    for name, module, x in (("backbone", backbone, None), ("all", network, None)):
+    same = (args.backbone, args.size) == (PAPER["backbone"], PAPER["size"])
+    paper = [" "] * 7 if not same else [f" (paper {x})" for x in (
+        ("6.27", "0.92", .032, .068, .089, .146, .2305) if args.uniad else ("9.44", "1.13", .026, .035, .057, .104, .194))]
+    log("parameters (M): " + ", ".join(f"{name} {value:.2f}" for name, value in parameters.items()) + paper[0])
+    for name, part in ("backbone", backbone), ("in all", network):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(torch.rand(1, 3, args.size, args.size, device=device))
-        log(f"{name}: {counter.get_total_flops() / 2e9:.2f} G multiply-adds (paper: MINT-AD 1.13 G, UniAD 0.92 G)")
-    for B, paper in zip((1, 8, 16, 32, 64), (.032, .068, .089, .146, .2305) if args.uniad else (.026, .035, .057, .104, .194)):
+            part(torch.rand(1, 3, args.size, args.size, device=device))
+        log(f"multiply-adds, {name}: {counter.get_total_flops() / 2e9:.2f} G" + paper[1] * (name == "in all"))
+    for B, theirs in zip((1, 8, 16, 32, 64), paper[2:]):
         image, times = torch.rand(B, 3, args.size, args.size, device=device), []
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with torch.no_grad():
             for _ in range(6):
-                start = time.perf_counter()
+                begin = time.perf_counter()
                 network(image)[1].cpu()
-                times.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - begin)
         memory = f", peak {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB" if device.type == "cuda" else ""
-        log(f"batch {B}: {sorted(times[1:])[2]:.4f} s (paper, its GPU: {paper} s){memory}")
+        log(f"batch {B}: {sorted(times[1:])[2]:.4f} s{theirs}{memory}")
     log(f"storage {sum(v.nbytes for v in network.state_dict().values()) / 2**20:.1f} MiB")
     return True
 
@@ -972,13 +1013,14 @@ LOG = []  # the run's log.txt, on process 0
 
 def start(args):
     """Device of this process; joins the process group under torchrun."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else
-                                          "mps" if torch.backends.mps.is_available() else "cpu"))
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(args.device or best)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         torch.cuda.set_device(device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.zeros(1, device=device)
+    if WORLD > 1:  # the others may wait for hours while process 0 decodes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return device
 
 
@@ -1027,7 +1069,7 @@ def number(kind, low, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole number' if kind is int else 'a number'} "
                                              + (f"from {low} to {high}" if high < math.inf else f"of {low} or more"))
         return value
@@ -1085,21 +1127,31 @@ def parse(argv=None):
     group.add_argument("--bench", action="store_true", help="cost of the network (Table 6), no data needed")
 
     args = parser.parse_args(argv)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.typed = sorted(vars(parser.parse_args(argv)))
+    clash = [key for key in args.typed if key in (*SETTINGS, "seed", "resume") and (key != "classes" or not args.predict)]
+    if args.eval and clash:
+        parser.error(f"--{clash[0].replace('_', '-')} does not go with --eval: the checkpoint says it")
+    args.seed = sorted(set(args.seed))
     if (args.predict or args.export) and not args.eval:
         parser.error("--predict and --export need --eval CKPT")
     allowed = ("layerwise", "pool", "token", "text") if args.uniad else ("inr", "mlp", "learned")
     args.query = args.query or allowed[0]
+    ignored = [flag for flag, typed in (("--prompt", args.prompt != "feature"), ("--no-adapter", not args.adapter),
+                                        ("--no-cls-loss", not args.cls_loss), ("--no-prior-loss", not args.prior_loss)) if typed]
+    if args.uniad and ignored:
+        parser.error(f"{ignored[0]} does not go with --uniad")
     if args.query not in allowed:
         parser.error(f"--query {args.query}: {'with' if args.uniad else 'without'} --uniad choose from {', '.join(allowed)}")
     if (args.query == "text") != bool(args.text):
         parser.error("--query text and --text FILE go together")
-    preset = {**PAPER, **PRESETS.get(args.data, {})}
+    preset = {**PAPER, **({} if args.bench else PRESETS.get(args.data, {}))}
     if args.backbone:
         preset.pop("weights", None)
     for key, value in {"weights": None, "unified": False, "holdout": 0.1 if args.data in ("toy", "folder") else 0.0, **preset}.items():
         if getattr(args, key) is None:  # what the user typed wins
             setattr(args, key, value)
-    args.cache = None if args.cache == "none" or args.data == "toy" else args.cache
     args.unified |= args.data == "cifar10"  # UniAD's protocol has no other setting
     args.cls_loss &= args.prompt == "feature"  # no classifier, no Eq. 1
     return args
@@ -1112,7 +1164,7 @@ def show(preset):
 def main():
     try:
         ok = run(parse())
-    except data.DataError as error:
+    except (data.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:

@@ -582,3 +582,17 @@ def test_variance_of_normalised_maps():
     assert minimaxad.map_variance(maps).item() == pytest.approx(sum(u.var(ddof=1) for u in unit), rel=1e-5)
     zero_mean = [m - m.mean(1, keepdim=True) for m in maps]
     assert minimaxad.map_variance(zero_mean).item() == pytest.approx(1 / 3 + 1 / 8 + 1 / 16, rel=0.1)
+
+
+def test_paper_figures():
+    def figures(*argv, found):
+        return minimaxad.paper_figures(minimaxad.parse(list(argv)), found)
+
+    assert figures("--data", "goodsad", found=minimaxad.GOODSAD)["mean"] == {"i_auroc": 0.86, "p_aupr": 0.453, "aupro": 0.874}
+    assert set(figures("--data", "goodsad", found=["food_box"])) == {"food_box"}
+    assert figures("--data", "mvtec", "--unified", found=["pill"]) == {}
+    assert figures("--data", "visa", "--unified", "--loss", "local", found=minimaxad.VISA) == {"mean": {"i_auroc": 0.93}}
+    assert figures("--data", "aebad", found=minimaxad.AEBAD)["view"] == {"i_auroc": 0.859, "aupro": 0.778}
+    assert figures("--data", "goodsad", "--p-lim", "0.9999", "--p-hard", "1", found=minimaxad.GOODSAD) == {
+        "mean": {"i_auroc": 0.852}}
+    assert figures("--data", "mvtec", "--unified", "--arch", "rd", found=minimaxad.MVTEC)["bottle"] == {"i_auroc": 0.799}

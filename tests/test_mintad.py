@@ -209,3 +209,28 @@ def test_every_variant_learns(variant):
     assert losses["mse"].item() < first
     idle = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
     assert idle <= ({"prompt"} if not variant.get("cls_loss", True) else set())  # the head, with no Eq. 1
+
+
+# ---------------------------------------------------------------------------------------------- the paper's figures
+
+
+def figures(*argv, found=mintad.MVTEC):
+    return mintad.paper_figures(mintad.parse(list(argv)), found)
+
+
+def test_paper_figures():
+    assert figures("--data", "mvtec", "--unified")["mean"] == {"i_auroc": 0.986, "p_aupr": 0.498}
+    assert figures("--data", "mvtec", "--classes", "screw", found=["screw"]) == {"screw": {"i_auroc": 0.978}}
+    assert figures("--data", "mvtec", "--unified", found=["screw"]) == {}  # a model of fewer classes is another one
+    assert figures("--data", "cifar10", found=["01234"])["01234"] == {"i_auroc": 0.867}
+    assert figures("--data", "mvtec", "--unified", "--backbone", "resnet18.tv_in1k")["mean"] == {"i_auroc": 0.931}
+    assert figures("--data", "toy", found=["pill"]) == {}
+
+
+@pytest.mark.parametrize("flags, i_auroc", [
+    ("--uniad", .965), ("--uniad --query pool", .976), ("--uniad --query token", .979),
+    ("--uniad --query text --text x", .977), ("--prompt image", .978), ("--prompt label", .980), ("--query mlp", .980),
+    ("--query learned --no-adapter --no-cls-loss --no-prior-loss", .971), ("--query learned --no-cls-loss --no-prior-loss", .975),
+    ("--query learned --no-prior-loss", .977), ("--no-prior-loss", .981), ("--query learned", .983), ("", .986)])
+def test_every_row_of_tables_4_and_5_has_its_figure(flags, i_auroc):
+    assert figures("--data", "mvtec", "--unified", *flags.split())["mean"]["i_auroc"] == i_auroc
