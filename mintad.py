@@ -1161,9 +1161,9 @@ def show(preset):
     return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in preset.items())
 
 
-def main():
+def main(argv=None):
     try:
-        ok = run(parse())
+        ok = run(parse(argv))
     except (data.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
