@@ -58,7 +58,7 @@ import metrics
 
 PAPER = dict(backbone="tf_efficientnet_b4.aa_in1k", size=224, epochs=1000, batch_size=32, lr=1e-4, weight_decay=1e-4)
 PRESETS = {  # what differs from the paper's settings (Sec. 4.1), which every other set takes; --weight-decay is UniAD's
-    "toy": dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=8, batch_size=16, lr=1e-3),
+    "toy": dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8, lr=1e-3),
 }
 LAMBDA_CE, LAMBDA_PRIOR = 1.0, 0.1  # Eq. 6
 REDUCTIONS = (2, 4, 8, 16)  # backbone levels
