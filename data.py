@@ -498,7 +498,7 @@ def decoded(files, size, crop, masks, workers, name, progress):
     chunks = [files[i:i + CHUNK] for i in range(0, len(files), CHUNK)]
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with tqdm(total=len(files), desc=f"decoding {name}".strip(), unit="image", disable=not progress) as bar, \
+    with tqdm(total=len(files), desc=f"decoding {name}".strip(), unit="image", disable=None if progress else True) as bar, \
             contextlib.ExitStack() as stack:
         begin = time.perf_counter()
         first = list(map(work, chunks[:1]))

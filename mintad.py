@@ -331,10 +331,14 @@ class INR(nn.Module):
         self.synthesis = nn.ModuleList(nn.Linear(D if i else E, D) for i in range(layers))
         self.output = nn.Linear(D, D)
         # SIREN's initialisation (its Sec. 3.2) with omega_0 inside the weights. The last layer, which is linear, keeps the
-        # hidden layers' bound, so that q starts at the scale of a learned query instead of near zero: our choice.
+        # hidden layers' bound and the modulation starts by Kaiming, so that q starts at the scale of a learned query (deviation
+        # 0.04 at torch's default, the same at every position, 5 to 7 after training: too large to hear the memory).
         for i, layer in enumerate([*self.synthesis, self.output]):
             bound = math.sqrt(6 / D) if i else omega / E
             nn.init.uniform_(layer.weight, -bound, bound)
+        for i, layer in enumerate(self.modulation):  # Kaiming; the first input's length is that of p and a softmax, |z| <= 1
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / (D if i else E + 1)))
+            nn.init.zeros_(layer.bias)
 
     def forward(self, p, z):
         B, P = z.shape[0], p.shape[0]
@@ -711,6 +715,26 @@ def infer(backbone, model, images, args, device, labels=None, quiet=False):
     return maps.numpy(), image_score(maps, score_kind(args)).numpy(), classes.tolist()
 
 
+@torch.no_grad()
+def save_queries(path, backbone, model, samples, images, device, labels=None):
+    """Fig. 4c: the self-attention map softmax(q q^T / sqrt(D)), P x P, of a decoder query for one test image of each class.
+
+    UniAD's is its first layer's. Rows attend to columns; positions run row by row over the feature map.
+    """
+    first, seen, pictures = {sample.cls: i for i, sample in reversed(list(enumerate(samples)))}, [], []
+    hook = model.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
+    model.eval()
+    for cls, i in first.items():
+        model(backbone(to_device(images[[i]], device)), None if labels is None else labels[[i]].to(device))
+        q = seen.pop()[0]  # P x D
+        attention = (q @ q.T / q.shape[-1] ** 0.5).softmax(-1).cpu().numpy()
+        high = np.quantile(attention, 0.99)  # a bright diagonal would leave the rest dark
+        pictures.append(metrics.panels([metrics.heat(attention, 0, high)], cls, 0, high))
+    hook.remove()
+    metrics.sheet({f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
+                   for i in range(0, len(pictures), 5)}, path)
+
+
 def to_device(images, device):
     """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1."""
     return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
@@ -778,13 +802,15 @@ def run(args):
         index = [i for i, s in enumerate(dataset.test) if args.unified or s.cls in state["classes"]]
         if (args.eval or not state["result"] or args.save_maps or args.save_tiff) and index:
             samples = [dataset.test[i] for i in index]
-            maps, scores, _ = infer(backbone, model, test_images[index], args, device,
-                                    labels_of(samples, state["classes"]) if needs_label(args) else None)
+            labels = labels_of(samples, state["classes"]) if needs_label(args) else None
+            maps, scores, _ = infer(backbone, model, test_images[index], args, device, labels)
             if RANK == 0:
                 state["result"] = metrics.evaluate(samples, scores, maps, masks[index])["classes"]
                 if args.save_maps:
                     metrics.save_maps(folder / "maps" / f"seed{state['seed']}", samples, test_images[index],
                                       masks[index], maps, scores, state["normal"], args.quantile)
+                    save_queries(folder / "maps" / f"{state['name']}-queries.png", backbone, model, samples,
+                                 test_images[index], device, labels)
                 if args.save_tiff:
                     metrics.save_tiff(folder / "tiff" / f"seed{state['seed']}", samples, maps)
         if not args.eval:
@@ -1122,7 +1148,7 @@ def parse(argv=None):
     group.add_argument("--quantile", type=number(float, 0, 1), default=0.99,
                        help="--predict: the threshold is this quantile of normal scores (default 0.99)")
     group.add_argument("--export", metavar="FILE", help="with --eval: write the network as a torch.export program (.pt2)")
-    group.add_argument("--save-maps", action="store_true", help="pictures of all test images and a sheet per class")
+    group.add_argument("--save-maps", action="store_true", help="pictures of all test images, a sheet per class, the queries (Fig. 4c)")
     group.add_argument("--save-tiff", action="store_true", help="float maps at image size, as MVTec's evaluation reads them")
     group.add_argument("--bench", action="store_true", help="cost of the network (Table 6), no data needed")
 

@@ -82,6 +82,7 @@ def test_eval_reproduces_to_the_last_digit(script, run, tmp_path):
     assert (tmp_path / "e/metrics.json").read_bytes() == (run / "metrics.json").read_bytes()
     assert len(list((tmp_path / "e/maps/seed1/pill").glob("*.png"))) == 22
     assert (tmp_path / "e/maps/seed1/pill.png").exists()
+    assert (tmp_path / "e/maps/seed1-queries.png").exists() == (script == "mintad")
     tiffs = list((tmp_path / "e/tiff/seed1/pill/test").glob("*/*.tiff"))
     with Image.open(tiffs[0]) as tiff:
         assert len(tiffs) == 22 and tiff.mode == "F" and tiff.size == (128, 128)

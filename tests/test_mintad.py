@@ -19,6 +19,13 @@ def test_inr_has_the_papers_weights():
     assert count(mintad.INR()) == 602_368  # Table 9: 0.602 M
 
 
+def test_query_starts_at_the_scale_of_a_learned_one_and_tells_positions_and_classes_apart():
+    torch.manual_seed(0)
+    q = mintad.INRQuery(64)(F.one_hot(torch.arange(2), 32).float()).detach()
+    assert 0.5 < q.std() < 1.5
+    assert q.std(1).mean() > 0.5 and (q[0] - q[1]).std() > 0.25
+
+
 def test_module_shapes():
     C, H, W, K, B = 12, 4, 5, 3, 2
     f = torch.randn(B, H * W, C)
