@@ -286,6 +286,10 @@ class FeaturePrompt(nn.Module):
             if isinstance(layer, nn.Linear):  # torch's default starts both softmaxes so flat that z hardly learns
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
+        # A softmax has length 1 at most, whatever its width. Kaiming would count P * 32 inputs where there are P such, and
+        # start the head so small that z turns one-hot, often the same for two classes, long before the logits can differ.
+        nn.init.normal_(self.channel_encoder[0].weight, std=math.sqrt(2 / P))
+        nn.init.normal_(self.head.weight, std=5.0)
 
     def forward(self, f, label=None):
         z = self.channel_encoder(self.class_encoder(f).flatten(1))  # B x P x 32 -> B x P*32 -> B x 32
