@@ -146,8 +146,12 @@ def over_seeds(results):
     """Mean over seeds of {seed: evaluate's result}, in the same form, with "seeds" (each seed's result) and "std".
 
     "std" is the sample standard deviation (n - 1) of the seeds' means. A single seed's result is returned as it is.
+    Raises data.DataError if the seeds have different rows, as the checkpoints of an unfinished run may.
     """
     runs = list(results.values())
+    for seed, run in results.items():
+        if missing := set().union(*(r["classes"] for r in runs)) - set(run["classes"]):
+            raise data.DataError(f"seed {seed} has no result for {', '.join(sorted(missing))}; finish the run with --resume")
     if len(runs) == 1:
         return runs[0]
     return {
@@ -161,11 +165,18 @@ def over_seeds(results):
 def table(result, paper=None):
     """The result as text: a line per row and their mean, three decimals, `-` where undefined, `±` over several seeds.
 
+    Joined sets (rows as mvtec/bottle) have a mean each, too.
     paper: {row or "mean": {metric: the paper's figure}}; a metric that has one gets a column "paper" beside it.
     """
     runs, paper = result.get("seeds", {}).values(), paper or {}
-    ours = {**result["classes"], "mean": result["mean"]}
-    std = {row: _reduce(stdev, [{**r["classes"], "mean": r["mean"]}[row] for r in runs], least=2) for row in ours}
+    sets = dict.fromkeys(row.partition("/")[0] for row in result["classes"] if "/" in row)
+
+    def with_means(r):
+        return {**r["classes"], **{f"mean of {name}": mean({row: value for row, value in r["classes"].items()
+                                                            if row.startswith(f"{name}/")}) for name in sets}, "mean": r["mean"]}
+
+    ours = with_means(result)
+    std = {row: _reduce(stdev, [with_means(r)[row] for r in runs], least=2) for row in ours}
 
     def text(value, deviation=None):
         return (f"{value:.3f}" if _defined(value) else "-") + (f" ± {deviation:.3f}" if _defined(deviation) else "")
@@ -179,8 +190,9 @@ def table(result, paper=None):
     for i, column in enumerate(columns):
         width = max(len(cell) for cell in column)
         columns[i] = [cell.rjust(width) if i else cell.ljust(width) for cell in column]
-    head, *body, mean = ["  ".join(line) for line in zip(*columns)]
-    return "\n".join([head, "-" * len(head), *body, "-" * len(head), mean])
+    head, *body = ["  ".join(line) for line in zip(*columns)]
+    body.insert(len(result["classes"]), "-" * len(head))
+    return "\n".join([head, "-" * len(head), *body])
 
 
 def save_json(path, args, result):

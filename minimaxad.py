@@ -704,7 +704,7 @@ def train(model, images, index, settings, seed, device, path, state):
     else:
         optimizer = torch.optim.AdamW(parameters, settings["lr"], betas=(0.9, 0.999),
                                       weight_decay=settings["weight_decay"])
-    if state["epoch"]:
+    if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     size, B, epochs = settings["crop"] or settings["size"], settings["batch_size"], settings["epochs"]
     steps = -(-len(index) // B)
@@ -845,6 +845,9 @@ def run(args):
                 raise data.DataError(f"--eval {args.eval}: the training of {state['name']} stopped after epoch "
                                      f"{state['epoch']} of {args.epochs}; finish it with --resume")
     folder = run_folder(args)
+    for state in states:
+        if state["normal"] is None:
+            log(f"warning: the training of {state['name']} stopped after epoch {state['epoch']} of {args.epochs}")
     if args.predict or args.export:
         if len(states) > 1:
             raise data.DataError(f"--eval {args.eval}: it holds {len(states)} models; name one of its .pt files")
@@ -1169,10 +1172,13 @@ def parse(argv=None):
     args.typed = sorted(vars(parser.parse_args(argv)))
     clash = [key for key in args.typed if key in (*SETTINGS, "seed", "resume") and (key != "classes" or not args.predict)]
     if args.eval and clash:
-        parser.error(f"--{clash[0].replace('_', '-')} does not go with --eval: the checkpoint says it")
+        flag = next(a.option_strings[0] for a in parser._actions if a.dest == clash[0])
+        parser.error(f"{flag} does not go with --eval: the checkpoint says it")
     args.seed = sorted(set(args.seed))
     if (args.predict or args.export) and not args.eval:
         parser.error("--predict and --export need --eval CKPT")
+    if sum(map(bool, (args.predict, args.export, args.save_maps or args.save_tiff))) > 1:
+        parser.error("--predict, --export and --save-maps or --save-tiff are one at a time")
     if args.data == "toy":
         args.unified = True if args.unified is None else args.unified
     args.unified = bool(args.unified) or args.data == "cifar10"

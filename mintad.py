@@ -22,8 +22,10 @@ Details of the implementation and where each comes from:
  3. Adapter: linear, from the identity, rows of length 1. The target of Eq. 5 is detached, and Eq. 4 is the likelihood of
     the *original* features, as Eq. 3 writes it: log p(f) = log N(f'; mu, sigma) + log |det W|. Read literally, Eq. 4
     and 5 together have no floor: f' shrinks to zero (README, "What keeps MINT-AD from collapsing").
- 4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9). sin(W x), SIREN initialisation
-    with its omega_0 = 30 folded into the first layer.
+ 4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9). The paper initialises nothing: the
+    sines start as SIREN's (its omega_0 = 30 inside the first layer's weights), the modulation by Kaiming's rule, the
+    classifier so that z can tell classes apart before it is one-hot (README, "The class token", "The query").
+    log sigma is clamped to -5..5.
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers, learned row
     and column positions added to queries and keys, jitter on the input tokens.
  6. AdamW, lr x 0.1 after 80 % of the epochs, gradient norm clipped at 0.1 (UniAD), batch 32.
@@ -60,7 +62,7 @@ PAPER = dict(backbone="tf_efficientnet_b4.aa_in1k", size=224, epochs=1000, batch
 PRESETS = {  # what differs from the paper's settings (Sec. 4.1), which every other set takes; --weight-decay is UniAD's
     "toy": dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8, lr=1e-3),
 }
-LAMBDA_CE, LAMBDA_PRIOR = 1.0, 0.1  # Eq. 6
+LAMBDA = {"mse": 1.0, "ce": 1.0, "prior": 0.1}  # Eq. 6
 REDUCTIONS = (2, 4, 8, 16)  # backbone levels
 MEMORY_SHARE = 0.5  # features stay in memory if they fit into this share of it
 
@@ -95,7 +97,7 @@ VARIANTS = {
     (True, "text", "feature", True, True, True): (.977, .463),
     (False, "inr", "image", True, False, True): (.978, .465),
     (False, "inr", "label", True, False, True): (.980, .472),
-    (False, "mlp", "feature", True, True, True): (.980, .498),
+    (False, "mlp", "feature", True, True, False): (.980, .498),
     (False, "learned", "feature", False, False, False): (.971, .447),
     (False, "learned", "feature", True, False, False): (.975, .445),
     (False, "learned", "feature", True, True, False): (.977, .465),
@@ -419,8 +421,8 @@ class Backbone(nn.Module):
         self.register_buffer("image_mean", torch.tensor(self.net.pretrained_cfg["mean"]).view(3, 1, 1))
         self.register_buffer("image_std", torch.tensor(self.net.pretrained_cfg["std"]).view(3, 1, 1))
         with torch.no_grad():
-            levels = self.net(torch.zeros(1, 3, size, size))
-        self.H, self.W = levels[[info.reduction()[i] for i in index].index(16)].shape[-2:]  # stage 4, on CIFAR-10 too
+            maps = dict(zip(self.net.feature_info.reduction(), self.net(torch.zeros(1, 3, size, size))))
+        self.H, self.W = maps[16].shape[-2:]  # stage 4, on CIFAR-10 too
         self.C = sum(info.channels()[i] for i in index)
 
     def train(self, mode=True):
@@ -502,7 +504,6 @@ class MINTAD(nn.Module):
         self.mask = None
         if adapter:
             self.adapter = Adapter(C)
-        prior_loss = prior_loss and query != "mlp"  # Sec. 0.B.6
         if query != "learned" or cls_loss or prior_loss:
             self.prompt = PROMPTS[prompt](C, P, K)
         if query == "inr" or prior_loss:
@@ -524,6 +525,7 @@ class MINTAD(nn.Module):
         f = (f - self.mean) / self.std
         f_ = self.adapter(f).float() if self.adapter else f
         z, logits = self.prompt(f_, label) if self.prompt else (None, None)
+        logits = logits if self.cls_loss else None  # an untrained head says nothing
         q_inr = self.inr(z) if self.inr else None
         q = self.query(z) if self.query else q_inr
         r = self.transformer(f_, [q.expand(f.shape[0], -1, -1)] * self.layers).float()
@@ -545,19 +547,18 @@ class MINTAD(nn.Module):
         return q.unbind(1), token
 
     def losses(self, f, label):
-        """Mean losses of a batch: {"mse": Eq. 5, "ce": Eq. 1, "prior": Eq. 4} and what the log shows of it."""
+        """Mean losses of a batch: {"mse": Eq. 5, "ce": Eq. 1, "prior": Eq. 4}, those that the variant has, and what else is logged."""
         f_, r, logits, gaussian = self(f, label)
-        zero = f_.new_zeros(())
-        mse = F.mse_loss(r, f_.detach())  # Eq. 5
-        ce = F.cross_entropy(logits.float(), label) if logits is not None and self.cls_loss else zero  # Eq. 1
-        prior = zero
+        losses, extra = {"mse": F.mse_loss(r, f_.detach())}, {}  # Eq. 5
+        if logits is not None:
+            losses["ce"] = F.cross_entropy(logits.float(), label)  # Eq. 1
+            extra["accuracy"] = (logits.argmax(1) == label).float().mean()
         if gaussian:
             mu, log_sigma = gaussian
             prior = (0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)).mean()  # Eq. 4
-            if self.adapter:  # Eq. 3: the likelihood of the original features
-                prior = prior - self.adapter.log_det() / f.shape[-1]
-        correct = (logits.argmax(1) == label).float().mean() if logits is not None else zero
-        return {"mse": mse, "ce": ce, "prior": prior}, {"accuracy": correct, "std f'": f_.detach().std()}
+            # Eq. 3: the likelihood of the original features
+            losses["prior"] = prior - self.adapter.log_det() / f.shape[-1] if self.adapter else prior
+        return losses, {**extra, "std f'": f_.detach().std()}
 
 
 def anomaly_map(f_, r, H, W):
@@ -577,11 +578,13 @@ def image_score(maps, kind):
     return maps.mean((1, 2)) if kind == "mean" else maps.amax((1, 2))
 
 
-def build(settings, K, weights, text=None):
-    """(backbone, model) of a run's settings for K classes."""
+def build_backbone(settings, weights):
     levels = (*REDUCTIONS, 32) if settings["data"] == "cifar10" else REDUCTIONS  # C = 720 with b4, as UniAD
-    backbone = Backbone(settings["backbone"], settings["size"], weights, levels)
-    return backbone, MINTAD(backbone.C, backbone.H, backbone.W, K, text=text, **{key: settings[key] for key in VARIANT})
+    return Backbone(settings["backbone"], settings["size"], weights, levels)
+
+
+def build_model(settings, backbone, K, text=None):
+    return MINTAD(backbone.C, backbone.H, backbone.W, K, text=text, **{key: settings[key] for key in VARIANT})
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -637,12 +640,14 @@ def train(model, features, index, labels, settings, seed, device, path, state):
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=settings["weight_decay"],
                                   fused=device.type in ("cpu", "cuda"))
-    if state["epoch"]:
+    if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
+    if len(index) < WORLD:
+        raise data.DataError(f"{path.stem}: {len(index)} training images for {WORLD} processes; start fewer")
     epochs, steps = settings["epochs"], -(-len(index) // settings["batch_size"])
     bar = progress(None, path.stem, total=epochs * steps, initial=state["epoch"] * steps)
     for epoch in range(state["epoch"], epochs):
-        start, sums = time.time(), dict.fromkeys(("mse", "ce", "prior", "accuracy", "std f'"), torch.zeros((), device=device))
+        start, sums = time.time(), {}
         for group in optimizer.param_groups:
             group["lr"] = settings["lr"] * (1 if epoch < 0.8 * epochs else 0.1)  # Sec. 4.1: after 800 of 1000
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
@@ -655,11 +660,11 @@ def train(model, features, index, labels, settings, seed, device, path, state):
                 f = features[index[part]].to(device).float()
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings["amp"]):
                     losses, extra = model.losses(f, labels[part].to(device))
-                loss = losses["mse"] + LAMBDA_CE * losses["ce"] + LAMBDA_PRIOR * losses["prior"]  # Eq. 6
+                loss = sum(LAMBDA[key] * value for key, value in losses.items())  # Eq. 6
                 share = len(part) / len(batch)
                 (loss * share).backward()
                 for key, value in {**losses, **extra}.items():
-                    sums[key] = sums[key] + value.detach() * len(part) / len(index)
+                    sums[key] = sums.get(key, 0) + value.detach() * len(part) / len(index)
             sum_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 0.1)
             optimizer.step()
@@ -783,6 +788,9 @@ def run(args):
                 raise data.DataError(f"--eval {args.eval}: the training of {state['name']} stopped after epoch "
                                      f"{state['epoch']} of {args.epochs}; finish it with --resume")
     folder = run_folder(args)
+    for state in states:
+        if state["normal"] is None:
+            log(f"warning: the training of {state['name']} stopped after epoch {state['epoch']} of {args.epochs}")
     if args.predict or args.export:
         if len(states) > 1:
             raise data.DataError(f"--eval {args.eval}: it holds {len(states)} models; name one of its .pt files")
@@ -793,20 +801,18 @@ def run(args):
 
     cache = None if args.cache == "none" or args.data == "toy" else args.cache
     dataset = data.load(args.data, args.root, args.classes, args.normals, warn=log)
+    labels_at_test(args, dataset.test, dataset.classes)  # before hours of training
     decode = lambda samples, name, masks=False: data.decode(  # process 0 fills the cache, the others then open it
         samples, args.size, masks=masks, cache=cache, workers=args.workers, name=name, progress=RANK == 0)
     test_images = in_turn(lambda: decode(dataset.test, "test images"))
     masks = in_turn(lambda: decode(dataset.test, "masks", masks=True))
-    if any(sample.cls not in dataset.classes for sample in dataset.test) and needs_label(args):
-        raise data.DataError(f"--prompt {args.prompt} --query {args.query}: needs the class of every test image, "
-                             f"which {args.data} does not have")
     results = {}
     for state, backbone, model in map(lambda s: (s, *restore(s, device)), states) if args.eval else \
             train_all(args, dataset, decode, folder, device):
         index = [i for i, s in enumerate(dataset.test) if args.unified or s.cls in state["classes"]]
         if (args.eval or not state["result"] or args.save_maps or args.save_tiff) and index:
             samples = [dataset.test[i] for i in index]
-            labels = labels_of(samples, state["classes"]) if needs_label(args) else None
+            labels = labels_at_test(args, samples, state["classes"])
             maps, scores, _ = infer(backbone, model, test_images[index], args, device, labels)
             if RANK == 0:
                 state["result"] = metrics.evaluate(samples, scores, maps, masks[index])["classes"]
@@ -844,17 +850,17 @@ def train_all(args, dataset, decode, folder, device):
     if args.weights == "none":
         log("warning: the backbone is untrained (--weights none): good enough to see the code run, not for results")
     text = read_text(args.text, dataset.classes) if args.query == "text" else None
-    images, labels = in_turn(lambda: decode(dataset.train, "training images")), labels_of(dataset.train, dataset.classes)
+    images = in_turn(lambda: decode(dataset.train, "training images"))
     held_out = torch.from_numpy(data.hold_out(dataset.train, args.holdout))
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
-    backbone = in_turn(lambda: build(settings, len(dataset.classes), args.weights, text)[0]).to(device)
+    backbone = in_turn(lambda: build_backbone(settings, args.weights)).to(device)
     features = None
     for seed in args.seed:
         for classes in [dataset.classes] if args.unified else [[cls] for cls in dataset.classes]:
             name = f"seed{seed}" + ("" if args.unified else "-" + classes[0].replace("/", "_"))
             torch.manual_seed(seed)
-            model = MINTAD(backbone.C, backbone.H, backbone.W, len(classes), text=text,
-                           **{key: settings[key] for key in VARIANT}).to(device)
+            rows = text[[dataset.classes.index(cls) for cls in classes]] if args.query == "text" else None
+            model = build_model(settings, backbone, len(classes), rows).to(device)
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          model=None, optimizer=None, backbone=backbone.state_dict(), normal=None, result=None)
             if args.resume and (path := folder / f"{name}.pt").exists():
@@ -863,29 +869,39 @@ def train_all(args, dataset, decode, folder, device):
             if not state["result"]:
                 if features is None:
                     features = extract(backbone, images, folder, device)
-                mine = torch.tensor([dataset.classes[k] in classes for k in labels])
-                index = (mine & ~held_out).nonzero().squeeze(1)
-                relative = torch.tensor([classes.index(c) if (c := dataset.classes[k]) in classes else -1 for k in labels])
+                labels = labels_of(dataset.train, classes)
+                index = ((labels >= 0) & ~held_out).nonzero().squeeze(1)
                 if not args.uniad and state["epoch"] == 0:
                     for buffer, value in zip((model.mean, model.std), channel_statistics(features, index)):
                         buffer.copy_(value)
-                train(model, features, index, relative[index], settings, seed, device, folder / f"{name}.pt", state)
-                kept = mine & held_out
-                normal = kept.nonzero().squeeze(1) if kept.any() else index[::-(-len(index) // 1000)]  # 1000 will do
+                train(model, features, index, labels[index], settings, seed, device, folder / f"{name}.pt", state)
+                kept = ((labels >= 0) & held_out).nonzero().squeeze(1)
+                normal = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
                 maps, scores, _ = infer(backbone, model, images[normal.numpy()], args, device,
-                                        relative[normal] if needs_label(args) else None)
+                                        labels[normal] if needs_label(args) else None)
                 if RANK == 0:
-                    state["normal"] = metrics.calibrate(maps, scores, [classes[k] for k in relative[normal]],
-                                                        held_out=bool(kept.any()))
+                    state["normal"] = metrics.calibrate(maps, scores, [classes[k] for k in labels[normal]],
+                                                        held_out=len(kept) > 0)
             yield state, backbone, model
 
 
 def labels_of(samples, classes):
+    """Index of each sample's class in classes, N; -1: not among them."""
     return torch.tensor([classes.index(s.cls) if s.cls in classes else -1 for s in samples], dtype=torch.long)
 
 
 def needs_label(args):
     return args.query in ("pool", "token", "text") if args.uniad else args.prompt == "label"
+
+
+def labels_at_test(args, samples, classes):
+    """Labels of test samples, N, for the variants that need them, else None. Raises data.DataError where they are not known."""
+    labels = labels_of(samples, classes) if needs_label(args) else None
+    if labels is not None and (labels < 0).any():
+        stranger = samples[(labels < 0).nonzero()[0]]
+        raise data.DataError(f"--prompt {args.prompt} --query {args.query}: needs the class of every test image, but "
+                             f"{stranger.image} is of none of {', '.join(classes)}")
+    return labels
 
 
 def read_text(path, classes):
@@ -949,7 +965,8 @@ def resume(path, expected):
 
 def restore(state, device):
     """(backbone, model) from a checkpoint alone."""
-    backbone, model = build(state["settings"], len(state["classes"]), "none", state["model"].get("text"))
+    backbone = build_backbone(state["settings"], "none")
+    model = build_model(state["settings"], backbone, len(state["classes"]), state["model"].get("text"))
     try:
         backbone.load_state_dict(state["backbone"])
         model.load_state_dict(state["model"])
@@ -1006,7 +1023,8 @@ def bench(args, device):
     """Table 6: parameters, multiply-adds, seconds per batch, peak memory and storage; beside the paper's for its settings."""
     if needs_label(args):
         raise data.DataError("--bench: a variant that needs a label is not timed")
-    backbone, model = build({key: getattr(args, key) for key in SETTINGS}, 15, "none")
+    backbone = build_backbone(vars(args), "none")
+    model = build_model(vars(args), backbone, 15)
     network = Inference(backbone, model, args.size, score_kind(args)).eval().to(device).requires_grad_(False)
     parts = {"backbone": backbone, **dict(model.named_children()), "in all": network}
     parameters = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
@@ -1131,14 +1149,14 @@ def parse(argv=None):
     group.add_argument("--lr", type=number(float, 0), help="x 0.1 after 80 %% of the epochs")
     group.add_argument("--weight-decay", type=number(float, 0))
     group.add_argument("--seed", type=number(int, 0), nargs="+", default=[1], metavar="S", help="several: mean and deviation")
-    group.add_argument("--amp", action="store_true", help="train in bfloat16; evaluation is always in full precision")
+    group.add_argument("--amp", action="store_true", help="train in bfloat16; evaluation is always in float32")
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
 
     group = parser.add_argument_group("variants", "Tables 4, 5, 9 and the UniAD baseline")
     group.add_argument("--query", choices=("inr", "mlp", "learned", "layerwise", "pool", "token", "text"),
                        help="decoder query: inr (default), mlp, learned; with --uniad layerwise (default), pool, token, text")
     group.add_argument("--prompt", choices=tuple(PROMPTS), default="feature", help="source of the class token z (default feature)")
-    group.add_argument("--no-adapter", dest="adapter", action="store_false", help="f' = f")
+    group.add_argument("--no-adapter", dest="adapter", action="store_false", help="f' = f, standardised")
     group.add_argument("--no-cls-loss", dest="cls_loss", action="store_false", help="without Eq. 1")
     group.add_argument("--no-prior-loss", dest="prior_loss", action="store_false", help="without Eq. 4")
     group.add_argument("--uniad", action="store_true", help="the UniAD baseline, whole")
@@ -1162,10 +1180,13 @@ def parse(argv=None):
     args.typed = sorted(vars(parser.parse_args(argv)))
     clash = [key for key in args.typed if key in (*SETTINGS, "seed", "resume") and (key != "classes" or not args.predict)]
     if args.eval and clash:
-        parser.error(f"--{clash[0].replace('_', '-')} does not go with --eval: the checkpoint says it")
+        flag = next(a.option_strings[0] for a in parser._actions if a.dest == clash[0])
+        parser.error(f"{flag} does not go with --eval: the checkpoint says it")
     args.seed = sorted(set(args.seed))
     if (args.predict or args.export) and not args.eval:
         parser.error("--predict and --export need --eval CKPT")
+    if sum(map(bool, (args.predict, args.export, args.save_maps or args.save_tiff))) > 1:
+        parser.error("--predict, --export and --save-maps or --save-tiff are one at a time")
     allowed = ("layerwise", "pool", "token", "text") if args.uniad else ("inr", "mlp", "learned")
     args.query = args.query or allowed[0]
     ignored = [flag for flag, typed in (("--prompt", args.prompt != "feature"), ("--no-adapter", not args.adapter),
@@ -1174,6 +1195,8 @@ def parse(argv=None):
         parser.error(f"{ignored[0]} does not go with --uniad")
     if args.query not in allowed:
         parser.error(f"--query {args.query}: {'with' if args.uniad else 'without'} --uniad choose from {', '.join(allowed)}")
+    if args.query == "learned" and not args.prior_loss and args.prompt != "feature":
+        parser.error(f"--prompt {args.prompt}: nothing uses the class token with --query learned --no-prior-loss")
     if (args.query == "text") != bool(args.text):
         parser.error("--query text and --text FILE go together")
     preset = {**PAPER, **({} if args.bench else PRESETS.get(args.data, {}))}
@@ -1184,6 +1207,7 @@ def parse(argv=None):
             setattr(args, key, value)
     args.unified |= args.data == "cifar10"  # UniAD's protocol has no other setting
     args.cls_loss &= args.prompt == "feature"  # no classifier, no Eq. 1
+    args.prior_loss &= args.query != "mlp"  # Sec. 0.B.6
     return args
 
 

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 import mintad
@@ -145,6 +146,29 @@ def test_eval_takes_everything_from_the_checkpoint(script, run, tmp_path):
     assert result.returncode == 2 and "pill" in result.stderr
 
 
+def test_eval_of_an_unfinished_training_says_so(script, run, tmp_path):
+    state = torch.load(run / "seed1.pt", weights_only=True)
+    torch.save({**state, "epoch": 2, "normal": None}, tmp_path / "seed1.pt")
+    result = succeed(inside(script, "--eval", tmp_path))
+    assert "warning: the training of seed1 stopped after epoch 2 of 3" in result.stdout
+    result = inside(script, "--eval", tmp_path, "--predict", "x.png")
+    assert result.returncode == 2 and "--resume" in result.stderr
+
+
+def test_one_output_at_a_time(script, run):
+    result = inside(script, "--eval", run, "--predict", "x.png", "--export", "y.pt2")
+    assert result.returncode == 2 and "one at a time" in result.stderr
+
+
+def test_a_separate_model_takes_its_own_text(tmp_path):
+    rows = {cls: torch.randn(7) for cls in ("weave", "pill")}
+    save_file(rows, tmp_path / "text.safetensors")
+    succeed(inside("mintad", *tiny("mintad"), "--size", 128, "--epochs", 1, "--classes", *rows, "--no-unified", "--uniad",
+                   "--query", "text", "--text", tmp_path / "text.safetensors", "--out", tmp_path / "o"))
+    for cls, row in rows.items():
+        assert torch.equal(torch.load(tmp_path / f"o/seed1-{cls}.pt", weights_only=True)["model"]["text"], row[None])
+
+
 def test_eval_finds_the_default_root(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -217,3 +241,4 @@ def test_sets_of_special_evaluation(script, name, tmp_path):
         assert set(rows) == {"01234"} and rows["01234"]["aupro"] is None
     else:
         assert {"mvtec/bottle", "btad/01"} <= set(rows)
+        assert "mean of btad" in (tmp_path / "out/log.txt").read_text()

@@ -317,6 +317,19 @@ def test_table_of_several_seeds_has_deviations():
     assert lines["mean"] == "0.675 ± 0.035 0.750 ± 0.071 0.650 ± 0.071 0.550 ± 0.071 0.700".split()
 
 
+def test_joined_sets_have_a_mean_each():
+    runs = {seed: result_of(**{"mvtec/a": a, "mvtec/b": 0.5, "btad/a": 1.0}) for seed, a in ((1, 0.7), (2, 0.9))}
+    lines = metrics.table(metrics.over_seeds(runs)).splitlines()
+    assert [line.split("  ")[0].strip() for line in lines[-3:]] == ["mean of mvtec", "mean of btad", "mean"]
+    assert lines[-3].split()[3:6] == ["0.650", "±", "0.071"] and lines[-2].split()[3:6] == ["1.000", "±", "0.000"]
+    assert lines[-4] == "-" * len(lines[0]) and lines[-5].startswith("btad/a")
+
+
+def test_seeds_of_different_rows_are_an_unfinished_run():
+    with pytest.raises(data.DataError, match="seed 2 has no result for b"):
+        metrics.over_seeds({1: result_of(a=0.9, b=0.8), 2: result_of(a=0.9)})
+
+
 def test_json_has_null_for_nan_and_every_digit(tmp_path):
     result = metrics.over_seeds({1: result_of(a=1 / 3, image_only=0.5), 2: result_of(a=0.7, image_only=0.4)})
     path = tmp_path / "metrics.json"

@@ -69,7 +69,7 @@ def test_table_12_to_15_layers():
 
 
 def test_loss_weights():
-    assert (mintad.LAMBDA_CE, mintad.LAMBDA_PRIOR) == (1.0, 0.1)  # Sec. 3.5
+    assert mintad.LAMBDA == {"mse": 1.0, "ce": 1.0, "prior": 0.1}  # Sec. 3.5, Eq. 6
 
 
 # --------------------------------------------------------------------------------------------------- the equations
@@ -77,7 +77,7 @@ def test_loss_weights():
 
 def test_inr_is_equations_8_and_9():
     torch.manual_seed(0)
-    inr, p, z = mintad.INR(), torch.randn(5, 3), torch.randn(2, 32)
+    inr, p, z = mintad.INR().double(), torch.randn(5, 3).double(), torch.randn(2, 32).double()
     out = inr(p, z)
     for b in range(2):
         for k in range(5):
@@ -85,7 +85,7 @@ def test_inr_is_equations_8_and_9():
             for w, v in zip(inr.modulation, inr.synthesis):
                 h = (w.weight @ h + w.bias).clamp_min(0)
                 x = torch.sin(v.weight @ x + v.bias) * h
-            torch.testing.assert_close(out[b, k], inr.output.weight @ x + inr.output.bias, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(out[b, k], inr.output.weight @ x + inr.output.bias)
 
 
 def test_prior_is_the_likelihood_of_the_original_features():
@@ -227,12 +227,20 @@ def test_every_variant_learns(variant):
     for _ in range(8):
         losses, _ = model.losses(f, label)
         optimizer.zero_grad()
-        (losses["mse"] + losses["ce"] + 0.1 * losses["prior"]).backward()
+        sum(mintad.LAMBDA[key] * value for key, value in losses.items()).backward()
         optimizer.step()
         first = first or losses["mse"].item()
     assert losses["mse"].item() < first
     idle = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
     assert idle <= ({"prompt"} if not variant.get("cls_loss", True) else set())  # the head, with no Eq. 1
+    parts = {"ce": variant.get("prompt") is None and variant.get("cls_loss", True), "prior": variant.get("prior_loss", True)}
+    assert set(losses) == {"mse", *(key for key, there in parts.items() if there and not variant.get("uniad"))}
+    with torch.no_grad():
+        assert (model(f, label)[2] is not None) == ("ce" in losses)  # an untrained head names no class
+
+
+def test_mlp_goes_without_the_prior():
+    assert not mintad.parse(["--query", "mlp"]).prior_loss  # Sec. 0.B.6
 
 
 # ---------------------------------------------------------------------------------------------- the paper's figures
