@@ -264,7 +264,7 @@ def panels(pictures, text, low, high, size=256):
     canvas.paste(bar, (x, y - bar.height // 2))
     draw.text((x - MARGIN, y), low, INK, font, anchor="rm")
     x -= round(font.getlength(low)) + 3 * MARGIN
-    text = " ".join(text.split())  # a file name may hold a line break
+    text = " ".join(text.split())[:500]  # a file name may hold a line break
     while font.getlength(text) > x - 2 and len(text) > 1:
         text = text[:-2] + "…"
     draw.text((2, y), text, INK, font, anchor="lm")

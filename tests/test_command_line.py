@@ -180,7 +180,7 @@ def test_eval_finds_the_default_root(script, tmp_path, monkeypatch):
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_other_arguments(script, run):
-    result = command(script, *toy(script), "--out", run)
+    result = inside(script, *toy(script), "--out", run)
     assert result.returncode == 2 and "--resume" in result.stderr
     result = inside(script, *toy(script), "--out", run, "--resume", "--lr", "0.5")
     assert result.returncode == 2 and "lr = 0.00" in result.stderr and "not 0.5" in result.stderr
