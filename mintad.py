@@ -726,19 +726,20 @@ def infer(backbone, model, images, args, device, labels=None, quiet=False):
 
 @torch.no_grad()
 def save_queries(path, backbone, model, samples, images, device, labels=None):
-    """Fig. 4c: the self-attention map softmax(q q^T / sqrt(D)), P x P, of a decoder query for one test image of each class.
+    """Fig. 4c: how a decoder query's positions attend to each other, P x P, for the first test image of each class.
 
-    UniAD's is its first layer's. Rows attend to columns; positions run row by row over the feature map.
+    Shown before the softmax, as the cosine of q's rows: at the length that q reaches, the softmax is one-hot. UniAD's query is
+    its first layer's. Positions run row by row over the feature map.
     """
-    first, seen, pictures = {sample.cls: i for i, sample in reversed(list(enumerate(samples)))}, [], []
+    first, seen, pictures = {}, [], []
+    for i, sample in enumerate(samples):
+        first.setdefault(sample.cls, i)
     hook = model.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
     model.eval()
     for cls, i in first.items():
         model(backbone(to_device(images[[i]], device)), None if labels is None else labels[[i]].to(device))
-        q = seen.pop()[0]  # P x D
-        attention = (q @ q.T / q.shape[-1] ** 0.5).softmax(-1).cpu().numpy()
-        high = np.quantile(attention, 0.99)  # a bright diagonal would leave the rest dark
-        pictures.append(metrics.panels([metrics.heat(attention, 0, high)], cls, 0, high))
+        q = F.normalize(seen.pop()[0], dim=-1)  # P x D
+        pictures.append(metrics.panels([metrics.heat((q @ q.T).cpu().numpy(), 0, 1)], cls, 0, 1))
     hook.remove()
     metrics.sheet({f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
                    for i in range(0, len(pictures), 5)}, path)
