@@ -841,13 +841,12 @@ def run(args):
         vars(args).update(states[0]["settings"], seed=sorted({state["seed"] for state in states}))
         args.root = args.root or states[0]["root"]
         for state in states:
-            if state["normal"] is None and (args.predict or args.export or args.save_maps):
-                raise data.DataError(f"--eval {args.eval}: the training of {state['name']} stopped after epoch "
-                                     f"{state['epoch']} of {args.epochs}; finish it with --resume")
+            if state["normal"] is None:
+                said = f"the training of {state['name']} stopped after epoch {state['epoch']} of {args.epochs}"
+                if args.predict or args.export or args.save_maps:
+                    raise data.DataError(f"--eval {args.eval}: {said}; finish it with --resume")
+                log(f"warning: {said}")
     folder = run_folder(args)
-    for state in states:
-        if state["normal"] is None:
-            log(f"warning: the training of {state['name']} stopped after epoch {state['epoch']} of {args.epochs}")
     if args.predict or args.export:
         if len(states) > 1:
             raise data.DataError(f"--eval {args.eval}: it holds {len(states)} models; name one of its .pt files")
