@@ -140,8 +140,8 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.long).random_(-2**63, None).view(torch.int16)
-        keep = bits[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        bits = np.random.SFC64(torch.randint(2**63 - 1, ()).item()).random_raw(-(-x.numel() // 4)).view(np.int16)
+        keep = torch.from_numpy(bits)[:x.numel()].view(x.shape).ge_(round(self.p * 2**16) - 2**15)  # 0 or 1
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
