@@ -113,6 +113,15 @@ def test_reconstruction_error_does_not_shrink_its_target():
     assert model.adapter.weight.grad.abs().max() == 0
 
 
+def test_learning_rate():
+    """Sec. 4.1 at the paper's rate, step by step; a larger one is reached from the paper's and dropped to a tenth of itself."""
+    assert [mintad.learning_rate(1e-4, step, 1000) for step in (0, 1, 799, 800, 999)] == [1e-4] * 3 + [1e-5] * 2
+    assert mintad.learning_rate(3e-5, 0, 1000) == 3e-5
+    rates = [mintad.learning_rate(5e-4, step, 1000) for step in range(1000)]
+    assert rates[0] == 1e-4 and rates[:401] == sorted(rates[:401]) and rates[400:800] == [5e-4] * 400
+    assert max(rates) == 5e-4 and rates[800:] == [5e-5] * 200
+
+
 def test_anomaly_map_is_equation_7():
     f_, r = torch.randn(1, 6, 5), torch.randn(1, 6, 5)
     s = mintad.anomaly_map(f_, r, 2, 3)
