@@ -29,7 +29,7 @@ Details of the implementation and where each comes from:
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers, learned row
     and column positions added to queries and keys, jitter on the input tokens.
  6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. A larger lr than the paper's is
-    reached from the paper's: at once it makes the attention blind to positions (README, "The learning rate").
+    reached from the paper's: 5e-4 at once makes the attention blind to positions (README, "The learning rate").
  7. The random state is set from (seed, epoch, process) at the start of each epoch, so that a resumed run needs no more
     than the checkpoint to continue bit by bit.
 
@@ -683,7 +683,7 @@ def train(model, features, index, labels, settings, seed, device, path, state):
 def learning_rate(lr, step, steps):
     """The rate of a step: lr x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs); what exceeds the paper's is warmed up to.
 
-    At once it would make the attention blind: all positions of an image would get the same (README, "The learning rate").
+    5e-4 at once makes the attention blind: all positions of an image get the same (README, "The learning rate").
     """
     return min(lr, PAPER["lr"] * (1 + step / 100)) if step < 0.8 * steps else 0.1 * lr
 
