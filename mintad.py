@@ -19,9 +19,9 @@ Details of the implementation and where each comes from:
  1. Backbone: levels of reduction 2, 4, 8, 16, resized bilinearly (align_corners) to the last; frozen, eval mode (UniAD).
  2. Features are standardised per channel with the training features' mean and deviation. The paper does not say; without
     it the few channels of large scale own every loss. `--uniad` uses raw features, as its authors.
- 3. Adapter: linear, from the identity, rows of length 1. The target of Eq. 5 is detached, and Eq. 4 is the likelihood of
-    the *original* features, as Eq. 3 writes it: log p(f) = log N(f'; mu, sigma) + log |det W|. Read literally, Eq. 4
-    and 5 together have no floor: f' shrinks to zero (README, "What keeps MINT-AD from collapsing").
+ 3. Adapter: linear, from the identity. Eq. 4 and Eq. 5 are both likelihoods of the *original* features, as Eq. 3 writes it:
+    log p(f) = log N(f'; mu, sigma) + log |det W|; "det" is Eq. 5's share. Nothing is detached. Without the determinants the
+    objective has no floor: f' shrinks to zero (README, "What keeps MINT-AD from collapsing").
  4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9). The paper initialises nothing: the
     sines start as SIREN's (its omega_0 = 30 inside the first layer's weights), the modulation by Kaiming's rule, the
     classifier so that z can tell classes apart before it is one-hot (README, "The class token", "The query").
@@ -63,7 +63,8 @@ PAPER = dict(backbone="tf_efficientnet_b4.aa_in1k", size=224, epochs=1000, batch
 PRESETS = {  # what differs from the paper's settings (Sec. 4.1), which every other set takes; --weight-decay is UniAD's
     "toy": dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8, lr=1e-3),
 }
-LAMBDA = {"mse": 1.0, "ce": 1.0, "prior": 0.1}  # Eq. 6
+LAMBDA = {"mse": 1.0, "ce": 1.0, "prior": 0.1,  # Eq. 6
+          "det": 0.5}  # 2 s^2 with s = 1/2: Eq. 5 + det is the likelihood of f under N(r, s^2), but for a factor and a constant
 REDUCTIONS = (2, 4, 8, 16)  # backbone levels
 MEMORY_SHARE = 0.5  # features stay in memory if they fit into this share of it
 
@@ -252,24 +253,17 @@ def neighbour_mask(H, W, window=7):
 
 
 class Adapter(nn.Module):
-    """f' = W f + b (Sec. 3.2), W from the identity, each of its rows kept at length 1.
-
-    Eq. 3 does not see the rows' lengths (sigma follows them), so that nothing would hold the scale of f'.
-    """
+    """f' = W f + b (Sec. 3.2), W from the identity."""
 
     def __init__(self, C):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.eye(C)), nn.Parameter(torch.zeros(C))
 
-    def W(self):
-        return F.normalize(self.weight, dim=1)
-
     def forward(self, f):  # B x P x C
-        return F.linear(f, self.W(), self.bias)
+        return F.linear(f, self.weight, self.bias)
 
-    def log_det(self):
-        """log |det W|, at most 0: it is 0 where the rows are orthogonal."""
-        return torch.linalg.slogdet(self.W().float())[1]
+    def log_det(self):  # log |det W|
+        return torch.linalg.slogdet(self.weight.float())[1]
 
 
 # -------------------------------------------------------------------- prompts: (f' B x P x C, label B) -> z B x 32, logits
@@ -548,17 +542,21 @@ class MINTAD(nn.Module):
         return q.unbind(1), token
 
     def losses(self, f, label):
-        """Mean losses of a batch: {"mse": Eq. 5, "ce": Eq. 1, "prior": Eq. 4}, those that the variant has, and what else is logged."""
+        """Mean losses of a batch: {"mse": Eq. 5, "ce": Eq. 1, "prior": Eq. 4, "det": -log |det W| / C}, and what else is logged.
+
+        Without those that the variant does not have.
+        """
         f_, r, logits, gaussian = self(f, label)
-        losses, extra = {"mse": F.mse_loss(r, f_.detach())}, {}  # Eq. 5
+        losses, extra = {"mse": F.mse_loss(r, f_)}, {}  # Eq. 5
         if logits is not None:
             losses["ce"] = F.cross_entropy(logits.float(), label)  # Eq. 1
             extra["accuracy"] = (logits.argmax(1) == label).float().mean()
+        if self.adapter:
+            losses["det"] = -self.adapter.log_det() / f.shape[-1]
         if gaussian:
             mu, log_sigma = gaussian
             prior = (0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)).mean()  # Eq. 4
-            # Eq. 3: the likelihood of the original features
-            losses["prior"] = prior - self.adapter.log_det() / f.shape[-1] if self.adapter else prior
+            losses["prior"] = prior + losses.get("det", 0)  # Eq. 3: the likelihood of the original features
         return losses, {**extra, "std f'": f_.detach().std()}
 
 

@@ -69,7 +69,7 @@ def test_table_12_to_15_layers():
 
 
 def test_loss_weights():
-    assert mintad.LAMBDA == {"mse": 1.0, "ce": 1.0, "prior": 0.1}  # Sec. 3.5, Eq. 6
+    assert mintad.LAMBDA == {"mse": 1.0, "ce": 1.0, "prior": 0.1, "det": 0.5}  # Sec. 3.5, Eq. 6; det: README
 
 
 # --------------------------------------------------------------------------------------------------- the equations
@@ -97,20 +97,34 @@ def test_prior_is_the_likelihood_of_the_original_features():
         model.adapter.weight.copy_(torch.randn(C, C))
     f, label = torch.randn(3, 4, C), torch.tensor([0, 1, 0])
     f_, _, _, (mu, log_sigma) = model(f)
-    W = model.adapter.weight / model.adapter.weight.norm(dim=1, keepdim=True)
+    W = model.adapter.weight
     torch.testing.assert_close(f_, f @ W.T)
     gaussian = torch.distributions.Normal(mu, log_sigma.exp()).log_prob(f_).sum(-1)  # B x P
     expected = -(gaussian + torch.linalg.slogdet(W)[1]).mean() / C
     torch.testing.assert_close(model.losses(f, label)[0]["prior"], expected)
 
 
-def test_reconstruction_error_does_not_shrink_its_target():
-    """Eq. 5's gradient reaches the adapter through the transformer's input only: the target is detached."""
-    model = mintad.MINTAD(6, 2, 2, 2).eval()
+@pytest.mark.parametrize("prior", (True, False))
+def test_reconstruction_error_cannot_collapse(prior):
+    """Eq. 5 with its determinant is the likelihood of f under N(r, 1/4): where r stays 0, the best W whitens f to deviation 1/2."""
+    torch.manual_seed(0)
+    model = mintad.MINTAD(4, 2, 2, 2, prior_loss=prior, layers=1).eval()
     for p in model.transformer.parameters():
-        nn.init.zeros_(p)  # r is 0 whatever comes in
-    model.losses(torch.randn(2, 4, 6), torch.tensor([0, 1]))[0]["mse"].backward()
-    assert model.adapter.weight.grad.abs().max() == 0
+        nn.init.zeros_(p)
+    f = torch.randn(20, 4, 4) @ torch.randn(4, 4)
+    f -= f.mean((0, 1))
+    optimizer = torch.optim.LBFGS([model.adapter.weight], 1, 60, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        losses, _ = model.losses(f, torch.zeros(20, dtype=torch.long))
+        value = sum(mintad.LAMBDA[key] * losses[key] for key in ("mse", "det"))
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    f_ = model(f)[0].detach().flatten(0, 1)
+    torch.testing.assert_close(f_.T @ f_ / len(f_), torch.eye(4) / 4, atol=2e-3, rtol=0)
 
 
 def test_learning_rate():
