@@ -256,7 +256,8 @@ def test_every_variant_learns(variant):
     assert losses["mse"].item() < first
     idle = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
     assert idle <= ({"prompt"} if not variant.get("cls_loss", True) else set())  # the head, with no Eq. 1
-    parts = {"ce": variant.get("prompt") is None and variant.get("cls_loss", True), "prior": variant.get("prior_loss", True)}
+    parts = {"ce": variant.get("prompt") is None and variant.get("cls_loss", True), "prior": variant.get("prior_loss", True),
+             "det": variant.get("adapter", True)}
     assert set(losses) == {"mse", *(key for key, there in parts.items() if there and not variant.get("uniad"))}
     with torch.no_grad():
         assert (model(f, label)[2] is not None) == ("ce" in losses)  # an untrained head names no class
