@@ -257,13 +257,13 @@ class Adapter(nn.Module):
 
     def __init__(self, C):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.eye(C)), nn.Parameter(torch.zeros(C))
+        self.W, self.b = nn.Parameter(torch.eye(C)), nn.Parameter(torch.zeros(C))
 
     def forward(self, f):  # B x P x C
-        return F.linear(f, self.weight, self.bias)
+        return F.linear(f, self.W, self.b)
 
     def log_det(self):  # log |det W|
-        return torch.linalg.slogdet(self.weight.float())[1]
+        return torch.linalg.slogdet(self.W.float())[1]
 
 
 # -------------------------------------------------------------------- prompts: (f' B x P x C, label B) -> z B x 32, logits
@@ -872,7 +872,7 @@ def train_all(args, dataset, decode, folder, device):
                          model=None, optimizer=None, backbone=backbone.state_dict(), normal=None, result=None)
             if args.resume and (path := folder / f"{name}.pt").exists():
                 state = resume(path, state)
-                model.load_state_dict(state["model"])
+                fill(state, backbone, model)
             if not state["result"]:
                 if features is None:
                     features = extract(backbone, images, folder, device)
@@ -974,12 +974,17 @@ def restore(state, device):
     """(backbone, model) from a checkpoint alone."""
     backbone = build_backbone(state["settings"], "none")
     model = build_model(state["settings"], backbone, len(state["classes"]), state["model"].get("text"))
+    fill(state, backbone, model)
+    return backbone.to(device).eval(), model.to(device).eval()
+
+
+def fill(state, backbone, model):
+    """Load a checkpoint's tensors; DataError that names those that do not fit."""
     try:
         backbone.load_state_dict(state["backbone"])
         model.load_state_dict(state["model"])
-    except RuntimeError as error:  # names the tensors
+    except RuntimeError as error:
         raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
-    return backbone.to(device).eval(), model.to(device).eval()
 
 
 def predict(args, state, backbone, model, folder, device, asked):

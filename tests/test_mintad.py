@@ -94,10 +94,10 @@ def test_prior_is_the_likelihood_of_the_original_features():
     C = 4
     model = mintad.MINTAD(C, 2, 2, 2).eval()
     with torch.no_grad():
-        model.adapter.weight.copy_(torch.randn(C, C))
+        model.adapter.W.copy_(torch.randn(C, C))
     f, label = torch.randn(3, 4, C), torch.tensor([0, 1, 0])
     f_, _, _, (mu, log_sigma) = model(f)
-    W = model.adapter.weight
+    W = model.adapter.W
     torch.testing.assert_close(f_, f @ W.T)
     gaussian = torch.distributions.Normal(mu, log_sigma.exp()).log_prob(f_).sum(-1)  # B x P
     expected = -(gaussian + torch.linalg.slogdet(W)[1]).mean() / C
@@ -113,7 +113,7 @@ def test_reconstruction_error_cannot_collapse(prior):
         nn.init.zeros_(p)
     f = torch.randn(20, 4, 4) @ torch.randn(4, 4)
     f -= f.mean((0, 1))
-    optimizer = torch.optim.LBFGS([model.adapter.weight], 1, 60, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([model.adapter.W], 1, 60, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -125,6 +125,15 @@ def test_reconstruction_error_cannot_collapse(prior):
     optimizer.step(loss)
     f_ = model(f)[0].detach().flatten(0, 1)
     torch.testing.assert_close(f_.T @ f_ / len(f_), torch.eye(4) / 4, atol=2e-3, rtol=0)
+
+
+def test_checkpoint_of_another_version_is_refused():
+    """The adapter of earlier versions had rows of length 1: its weights mean something else."""
+    model, net = mintad.MINTAD(4, 2, 2, 2), nn.Linear(1, 1)
+    tensors = model.state_dict()
+    tensors["adapter.weight"] = tensors.pop("adapter.W")
+    with pytest.raises(mintad.data.DataError, match="seed1.pt .*adapter.W"):
+        mintad.fill({"name": "seed1", "backbone": net.state_dict(), "model": tensors}, net, model)
 
 
 def test_learning_rate():
