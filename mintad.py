@@ -1,11 +1,5 @@
 """MINT-AD: class-aware unified anomaly detection with an implicit neural representation as query (arXiv 2403.14213).
 
-    f   : B x C x H x W   features of a frozen backbone, stages 1-4 resized to stage 4 and concatenated
-    f'  : B x P x C       adapter(f), one linear layer
-    z   : B x 32          class token of f', the layer before the classification head
-    q   : B x P x D       INR(positions, z), the transformer decoder's query; a decoder maps it to mu, log sigma of f'
-    r   : B x P x C       f' reconstructed by the transformer; the anomaly map is ||f' - r||
-
     python mintad.py                                                      # built-in toy set, no data, no download
     python mintad.py --data mvtec --root data/mvtec --unified             # the paper's main setting (Table 1)
     torchrun --nproc_per_node=4 mintad.py --data mvtec --unified          # the same on four GPUs, global batch of 32
@@ -14,130 +8,75 @@
     python mintad.py --eval runs/mintad-mvtec-unified                     # a trained model's table again
     python mintad.py --eval runs/mintad-mvtec-unified --predict photos/   # score, verdict, class and picture per photo
 
+    f   : B x C x H x W   features of a frozen backbone, stages 1-4 resized to stage 4 and concatenated
+    f'  : B x P x C       adapter(f), one linear layer
+    z   : B x 32          class token of f', the layer before the classification head
+    q   : B x P x D       INR(positions, z), the transformer decoder's query; a decoder maps it to mu, log sigma of f'
+    r   : B x P x C       f' reconstructed by the transformer; the anomaly map is ||f' - r||
+
+    B batch, C channels, H x W = P positions, D hidden width, K classes, L decoder layers
+
 Details of the implementation and where each comes from:
 
  1. Backbone: levels of reduction 2, 4, 8, 16, resized bilinearly (align_corners) to the last; frozen, eval mode (UniAD).
  2. Features are standardised per channel with the training features' mean and deviation. The paper does not say; without
     it the few channels of large scale own every loss. `--uniad` uses raw features, as its authors.
- 3. Adapter: linear, from the identity. Eq. 4 and Eq. 5 are both likelihoods of the *original* features, as Eq. 3 writes it:
-    log p(f) = log N(f'; mu, sigma) + log |det W|; "det" is Eq. 5's share. Nothing is detached. Without the determinants the
-    objective has no floor: f' shrinks to zero (README, "What keeps MINT-AD from collapsing").
- 4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9). The paper initialises nothing: the
-    sines start as SIREN's (its omega_0 = 30 inside the first layer's weights), the modulation by Kaiming's rule, the
-    classifier so that z can tell classes apart before it is one-hot (README, "The class token", "The query").
-    log sigma is clamped to -5..5.
+ 3. Eq. 4 and Eq. 5 are likelihoods of the original features, as Eq. 3 writes it; nothing is detached (losses below; README,
+    "What keeps MINT-AD from collapsing"). `--literal` is the objective as printed, which has no floor.
+ 4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9). Nothing is said of its start.
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers, learned row
     and column positions added to queries and keys, jitter on the input tokens.
- 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. A larger lr than the paper's is
-    reached from the paper's: 5e-4 at once makes the attention blind to positions (README, "The learning rate").
+ 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. `--optimizer muon` goes
+    beyond the paper.
  7. The random state is set from (seed, epoch, process) at the start of each epoch, so that a resumed run needs no more
     than the checkpoint to continue bit by bit.
-
-Shapes: B batch, C channels, H x W = P positions, D hidden width, K classes, L decoder layers.
 """
-
 import argparse
+import contextlib
+import fcntl
+import io
 import math
 import os
 import sys
+import tempfile
 import time
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import metrics
 
-# ------------------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------- settings
 
-PAPER = dict(backbone="tf_efficientnet_b4.aa_in1k", size=224, epochs=1000, batch_size=32, lr=1e-4, weight_decay=1e-4)
-PRESETS = {  # what differs from the paper's settings (Sec. 4.1), which every other set takes; --weight-decay is UniAD's
-    "toy": dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8, lr=1e-3),
-}
-LAMBDA = {"mse": 1.0, "ce": 1.0, "prior": 0.1,  # Eq. 6
-          "det": 0.5}  # 2 s^2 with s = 1/2: Eq. 5 + det is the likelihood of f under N(r, s^2), but for a factor and a constant
+PAPER = dict(data="toy", root=None, normals="01234", backbone="tf_efficientnet_b4.aa_in1k", size=224, epochs=1000,
+             batch_size=32, lr=1e-4, weight_decay=1e-4, optimizer="adamw", query="inr", prompt="feature", adapter=True,
+             cls_loss=True, prior_loss=True, literal=False, uniad=False, amp=False, unified=False, holdout=0.0, seed=[1])
+TOY = dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8, lr=1e-3,
+           holdout=0.1)
+SETTINGS = ("data", "unified", "classes", "normals", "backbone", "weights", "size", "crop", "epochs", "batch_size", "lr",
+            "weight_decay", "optimizer", "amp", "holdout", "query", "prompt", "adapter", "cls_loss", "prior_loss", "literal",
+            "uniad", "text")
+LAMBDA_CE, LAMBDA_PRIOR = 1.0, 0.1  # Eq. 6
+JITTER, DROPOUT = 20.0, 0.1  # UniAD's
 REDUCTIONS = (2, 4, 8, 16)  # backbone levels
-MEMORY_SHARE = 0.5  # features stay in memory if they fit into this share of it
 
-MVTEC = ("bottle cable capsule hazelnut metal_nut pill screw toothbrush transistor zipper "
-         "carpet grid leather tile wood mean").split()
-VISA = ("cashew chewinggum fryum pipe_fryum candle capsules macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 mean").split()
-CIFAR10 = ["01234", "56789", "02468", "13579"]
-FIGURES = {  # (set, method, setting): {metric: the paper's figures}; Tables 1, 2, 7, 10
-    ("mvtec", "mint", "unified"): {
-        "i_auroc": (1.000, .935, .955, 1.000, .993, .958, .983, 1.000, .998, .991, .999, 1.000, 1.000, .992, .994, .986),
-        "p_aupr": (.665, .405, .475, .572, .615, .527, .512, .380, .652, .583, .556, .340, .369, .417, .400, .498)},
-    ("mvtec", "mint", "separate"): {
-        "i_auroc": (.992, .986, .810, 1.000, .971, .983, .978, .956, .999, .996, 1.000, .999, 1.000, .990, .989, .977)},
-    ("mvtec", "uniad", "unified"): {
-        "i_auroc": (.997, .952, .869, .998, .992, .937, .875, .942, .998, .958, .998, .982, 1.000, .993, .986, .965),
-        "p_aupr": (.655, .479, .438, .554, .549, .445, .296, .373, .664, .403, .478, .226, .331, .415, .372, .445)},
-    ("mvtec", "uniad", "separate"): {
-        "i_auroc": (1.000, .976, .853, .999, .990, .883, .919, .950, 1.000, .967, .999, .985, 1.000, .990, .979, .966)},
-    ("visa", "mint", "unified"): {
-        "i_auroc": (.882, .999, .954, .982, .975, .899, .991, .901, .965, .964, .980, .988, .957),
-        "p_aupr": (.286, .624, .387, .471, .278, .579, .240, .158, .782, .277, .340, .304, .394)},
-    ("visa", "uniad", "unified"): {
-        "i_auroc": (.928, .996, .898, .978, .969, .721, .918, .856, .957, .934, .894, .994, .920),
-        "p_aupr": (.502, .604, .476, .549, .212, .513, .088, .039, .674, .089, .149, .365, .355)},
-    ("cifar10", "mint", "unified"): {"i_auroc": (.867, .833, .936, .926)},
-    ("cifar10", "uniad", "unified"): {"i_auroc": (.844, .809, .930, .906)},
-}
-# Means of Tables 4 and 5, MVTec AD unified: (uniad, query, prompt, adapter, cls loss, prior loss): (I-AUROC, P-AUPR)
-VARIANTS = {
-    (True, "pool", "feature", True, True, True): (.976, .470),
-    (True, "token", "feature", True, True, True): (.979, .470),
-    (True, "text", "feature", True, True, True): (.977, .463),
-    (False, "inr", "image", True, False, True): (.978, .465),
-    (False, "inr", "label", True, False, True): (.980, .472),
-    (False, "mlp", "feature", True, True, False): (.980, .498),
-    (False, "learned", "feature", False, False, False): (.971, .447),
-    (False, "learned", "feature", True, False, False): (.975, .445),
-    (False, "learned", "feature", True, True, False): (.977, .465),
-    (False, "inr", "feature", True, True, False): (.981, .477),
-    (False, "learned", "feature", True, True, True): (.983, .502),
-}
-BACKBONES = {"resnet18.tv_in1k": .931, "resnet34.tv_in1k": .927, "resnet50.tv_in1k": .943, "resnet101.tv_in1k": .931,
-             "tf_efficientnet_b0.aa_in1k": .983, "tf_efficientnet_b2.aa_in1k": .964, "tf_efficientnet_b6.aa_in1k": .985}  # Table 8
-
-
-def paper_figures(args, found):
-    """{row: {metric: the paper's figure}} for this set, setting, variant and backbone, {} if it gives none.
-
-    found: the rows of our result. A mean, and anything of a unified model, compares only over all of the paper's classes.
-    """
-    setting, method = "unified" if args.unified else "separate", "uniad" if args.uniad else "mint"
-    rows = {"mvtec": MVTEC, "visa": VISA, "cifar10": CIFAR10}.get(args.data, [])
-    complete = set(rows) - {"mean"} <= set(found)
-    if args.size != PAPER["size"] or (args.unified and args.data != "cifar10" and not complete):
-        return {}
-    variant = (args.uniad, args.query, args.prompt, args.adapter, args.cls_loss, args.prior_loss)
-    default = variant == (args.uniad, "layerwise" if args.uniad else "inr", "feature", True, True, True)
-    if default and args.backbone == PAPER["backbone"]:
-        figures = FIGURES.get((args.data, method, setting), {})
-        return {row: {metric: values[i] for metric, values in figures.items()} for i, row in enumerate(rows)
-                if figures and (row in found or row == "mean" and complete)}
-    if (args.data, setting) != ("mvtec", "unified"):
-        return {}
-    if args.backbone == PAPER["backbone"] and variant in VARIANTS:
-        return {"mean": dict(zip(("i_auroc", "p_aupr"), VARIANTS[variant]))}
-    return {"mean": {"i_auroc": BACKBONES[args.backbone]}} if default and method == "mint" and args.backbone in BACKBONES else {}
-
-
-# --------------------------------------------------------------------------------------------------------- layers
-
+# ---------------------------------------------------------------- layers
 
 class Dropout(nn.Dropout):
-    """Dropout; on a CPU from 16 random bits per value, since drawing them one by one takes a third of a training step."""
+    """nn.Dropout, on a CPU from 16 random bits per value: with Attention below 1.7 times as fast to train there."""
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu":
@@ -146,13 +85,12 @@ class Dropout(nn.Dropout):
         keep = torch.from_numpy(bits)[:x.numel()].view(x.shape).ge_(round(self.p * 2**16) - 2**15)  # 0 or 1
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
-
 class Attention(nn.Module):
-    """Multi-head attention with torch.nn.MultiheadAttention's parameters: query, key, value B x P x D -> B x P x D."""
+    """nn.MultiheadAttention, its parameters and result: query, key, value B x P x D -> B x P x D."""
 
-    def __init__(self, D, heads, dropout):
+    def __init__(self, D, heads):
         super().__init__()
-        self.heads, self.dropout = heads, Dropout(dropout)
+        self.heads, self.dropout = heads, Dropout(DROPOUT)
         self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * D, D)), nn.Parameter(torch.zeros(3 * D))
         self.out_proj = nn.Linear(D, D)
         nn.init.xavier_uniform_(self.in_proj_weight)
@@ -169,50 +107,45 @@ class Attention(nn.Module):
                                                self.dropout.p if self.training else 0.0)
         return self.out_proj(a.transpose(1, 2).flatten(2))  # B x P x heads x D/heads -> B x P x D
 
-
 class EncoderLayer(nn.Module):
     """Post-norm self-attention layer; positions are added to queries and keys, never to values (UniAD, Table 15)."""
 
-    def __init__(self, D, heads, hidden, dropout):
+    def __init__(self, D, heads, hidden):
         super().__init__()
-        self.self_attn = Attention(D, heads, dropout)
+        self.self_attn = Attention(D, heads)
         self.linear1, self.linear2 = nn.Linear(D, hidden), nn.Linear(hidden, D)
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(DROPOUT)
 
     def forward(self, x, pos, mask=None):  # B x P x D
         x_pos = x + pos
         x = self.norm1(x + self.dropout(self.self_attn(x_pos, x_pos, x, mask)))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
-
 class DecoderLayer(nn.Module):
     """UniAD's decoder layer: q attends to the encoder memory, the result to the previous layer's output."""
 
-    def __init__(self, D, heads, hidden, dropout):
+    def __init__(self, D, heads, hidden):
         super().__init__()
-        self.self_attn = Attention(D, heads, dropout)
-        self.multihead_attn = Attention(D, heads, dropout)
+        self.self_attn, self.multihead_attn = Attention(D, heads), Attention(D, heads)
         self.linear1, self.linear2 = nn.Linear(D, hidden), nn.Linear(hidden, D)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(D)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(DROPOUT)
 
     def forward(self, q, memory, previous, pos, mask=None):  # each B x P x D
         x = self.norm1(q + self.dropout(self.self_attn(q + pos, memory + pos, memory, mask)))
         x = self.norm2(x + self.dropout(self.multihead_attn(x + pos, previous + pos, previous, mask)))
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
-
 class Transformer(nn.Module):
     """Reconstructs tokens B x P x C from themselves and one query B x P x D per decoder layer (Sec. 3.2, Table 15)."""
 
-    def __init__(self, C, H, W, D=256, heads=8, hidden=1024, dropout=0.1, layers=4, jitter=20.0):
+    def __init__(self, C, H, W, D=256, heads=8, hidden=1024, layers=4):
         super().__init__()
-        self.jitter = jitter
         self.input_proj, self.output_proj = nn.Linear(C, D), nn.Linear(D, C)
         self.row_embed, self.col_embed = nn.Embedding(H, D // 2), nn.Embedding(W, D // 2)
-        self.encoder = nn.ModuleList(EncoderLayer(D, heads, hidden, dropout) for _ in range(layers))
-        self.decoder = nn.ModuleList(DecoderLayer(D, heads, hidden, dropout) for _ in range(layers))
+        self.encoder = nn.ModuleList(EncoderLayer(D, heads, hidden) for _ in range(layers))
+        self.decoder = nn.ModuleList(DecoderLayer(D, heads, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(D)
         for embed in (self.row_embed, self.col_embed):
             nn.init.uniform_(embed.weight)
@@ -226,8 +159,8 @@ class Transformer(nn.Module):
 
         With a token the queries and the mask have P + 1 positions.
         """
-        if self.training and self.jitter:  # UniAD: noise in proportion to each token's length
-            f = f + torch.randn_like(f) * (f.norm(dim=-1, keepdim=True) * self.jitter / f.shape[-1])
+        if self.training and JITTER:  # UniAD: noise in proportion to each token's length
+            f = f + torch.randn_like(f) * (f.norm(dim=-1, keepdim=True) * JITTER / f.shape[-1])
         x = self.input_proj(f)  # B x P x D
         H, W = self.row_embed.num_embeddings, self.col_embed.num_embeddings
         pos = torch.cat([self.col_embed.weight.expand(H, W, -1),
@@ -241,7 +174,6 @@ class Transformer(nn.Module):
             x = layer(q, memory, x, pos, mask)
         return self.output_proj(self.norm(x)[:, :f.shape[1]])  # B x P x C
 
-
 def neighbour_mask(H, W, window=7):
     """UniAD's neighbour masked attention: P x P, True where a key lies in the query's window and is hidden."""
     y, x = torch.arange(H * W) // W, torch.arange(H * W) % W
@@ -250,7 +182,6 @@ def neighbour_mask(H, W, window=7):
         raise data.DataError(f"--size: a {H} x {W} feature map lies wholly inside UniAD's {window} x {window} neighbour "
                              "mask; take a larger --size")
     return mask
-
 
 class Adapter(nn.Module):
     """f' = W f + b (Sec. 3.2), W from the identity."""
@@ -264,10 +195,6 @@ class Adapter(nn.Module):
 
     def log_det(self):  # log |det W|
         return torch.linalg.slogdet(self.W.float())[1]
-
-
-# -------------------------------------------------------------------- prompts: (f' B x P x C, label B) -> z B x 32, logits
-
 
 class FeaturePrompt(nn.Module):
     """The classifier's token before its head (Sec. 3.3, Table 12); logits B x K are the argument of Eq. 1."""
@@ -290,8 +217,7 @@ class FeaturePrompt(nn.Module):
 
     def forward(self, f, label=None):
         z = self.channel_encoder(self.class_encoder(f).flatten(1))  # B x P x 32 -> B x P*32 -> B x 32
-        return z, self.head(z)
-
+        return z, self.head(z) if self.head else None
 
 class LabelPrompt(nn.Module):
     """A projection of the one-hot label, which is needed at test time too (Table 4)."""
@@ -303,7 +229,6 @@ class LabelPrompt(nn.Module):
     def forward(self, f, label):
         return self.project(F.one_hot(label, self.project.in_features).to(f.dtype)), None
 
-
 class ImagePrompt(nn.Module):
     """A projection of the mean feature; no label at all (Table 4)."""
 
@@ -313,12 +238,6 @@ class ImagePrompt(nn.Module):
 
     def forward(self, f, label=None):
         return self.project(f.mean(1)), None
-
-
-PROMPTS = {"feature": FeaturePrompt, "label": LabelPrompt, "image": ImagePrompt}
-
-# --------------------------------------------------------------------- queries: z B x 32 -> q B x P x D
-
 
 class INR(nn.Module):
     """Dual-path implicit neural representation (Eq. 8, 9, Table 13): positions P x E, class token B x Z -> B x P x D.
@@ -353,7 +272,6 @@ class INR(nn.Module):
                 x = torch.sin(synthesis(x)) * h  # Eq. 8
         return self.output(x)
 
-
 class INRQuery(nn.Module):
     def __init__(self, P, D=256, Z=32, E=3):
         super().__init__()
@@ -362,7 +280,6 @@ class INRQuery(nn.Module):
 
     def forward(self, z):
         return self.inr(self.positions, z)
-
 
 class MLPQuery(nn.Module):
     """Plain MLP from z to P x D (Sec. 0.B.6). Hidden width 256, our choice: the paper's 383.5 M grid search is not given."""
@@ -376,7 +293,6 @@ class MLPQuery(nn.Module):
     def forward(self, z):
         return self.mlp(z).unflatten(1, (self.P, -1))  # B x P*D -> B x P x D
 
-
 class LearnedQuery(nn.Module):
     """One learned query, N(0, 1) at the start, that every image shares."""
 
@@ -387,15 +303,13 @@ class LearnedQuery(nn.Module):
     def forward(self, z):
         return self.embed
 
-
-# ---------------------------------------------------------------------------------------------------------- model
-
+# ---------------------------------------------------------------- model
 
 class Backbone(nn.Module):
     """Frozen multi-scale features (Sec. 3.2): images B x 3 x S x S in 0..1 -> f, B x P x C; H, W, C are attributes.
 
     weights: a local checkpoint, "none" (untrained) or None (timm's download). Raises data.DataError for an unknown name,
-    weights that cannot be had, and for a missing or misshapen tensor, by name.
+    and as load_weights.
     """
 
     def __init__(self, name, size, weights=None, levels=REDUCTIONS):
@@ -403,22 +317,22 @@ class Backbone(nn.Module):
         try:
             info = timm.create_model(name, features_only=True).feature_info
             index = [i for i, reduction in enumerate(info.reduction()) if reduction in levels]
-            self.net = timm.create_model(name, features_only=True, out_indices=index)
-        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-            raise data.DataError(f"--backbone {name}: timm makes no feature maps of it ({' '.join(str(error).split())[:150]})")
-        if 16 not in info.reduction():
-            raise data.DataError(f"--backbone {name}: its reductions {info.reduction()} lack 16")
+            self.net = timm.create_model(name, features_only=True, out_indices=index).eval().requires_grad_(False)
+            shapes = [tuple(x.shape) for x in self.net(torch.zeros(1, 3, size, size))]
+        except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise data.DataError(f"--backbone {name}: timm makes no feature maps of it ({reason})") from None
+        sizes = dict(zip(self.net.feature_info.reduction(), shapes))
+        if 16 not in sizes or [shape[1] for shape in shapes] != self.net.feature_info.channels():
+            raise data.DataError(f"--backbone {name}: not a CNN with features at strides 2, 4, 8, 16: {shapes}")
         if hasattr(self.net, "blocks"):  # timm's EfficientNets would compute the stages beyond the last level too
             del self.net.blocks[int(self.net.feature_info.module_name()[-1].split(".")[1]) + 1:]
-        if weights != "none":
-            load_backbone(self.net, name, weights)
-        self.net.eval().requires_grad_(False)
-        self.register_buffer("image_mean", torch.tensor(self.net.pretrained_cfg["mean"]).view(3, 1, 1))
-        self.register_buffer("image_std", torch.tensor(self.net.pretrained_cfg["std"]).view(3, 1, 1))
-        with torch.no_grad():
-            maps = dict(zip(self.net.feature_info.reduction(), self.net(torch.zeros(1, 3, size, size))))
-        self.H, self.W = maps[16].shape[-2:]  # stage 4, on CIFAR-10 too
-        self.C = sum(info.channels()[i] for i in index)
+        load_weights(self.net, name, weights)
+        config = self.net.pretrained_cfg
+        self.register_buffer("image_mean", torch.tensor(config["mean"]).view(3, 1, 1))
+        self.register_buffer("image_std", torch.tensor(config["std"]).view(3, 1, 1))
+        self.H, self.W = sizes[16][2:]  # stage 4, on CIFAR-10 too
+        self.C = sum(shape[1] for shape in shapes)
 
     def train(self, mode=True):
         return super().train(False)  # frozen: BatchNorm never leaves eval mode
@@ -428,46 +342,55 @@ class Backbone(nn.Module):
         f = [F.interpolate(x, (self.H, self.W), mode="bilinear", align_corners=True) for x in levels]
         return torch.cat(f, 1).flatten(2).transpose(1, 2)  # B x C x H x W -> B x P x C
 
+def build_backbone(settings, weights):
+    levels = (*REDUCTIONS, 32) if settings["data"] == "cifar10" else REDUCTIONS  # C = 720 with b4, as UniAD
+    return Backbone(settings["backbone"], settings["crop"] or settings["size"], weights, levels)
 
 @torch.no_grad()
-def load_backbone(net, name, weights=None):
-    """Fill a timm network from a checkpoint file, or from timm's download if weights is None.
+def load_weights(net, name, weights, key_in_file=str):
+    """Fill net from a checkpoint FILE, its tensors at the top level or under "model", "models" or "state_dict".
 
-    Raises data.DataError for an unreadable file, and for a missing or misshapen tensor, by name.
+    weights: FILE; "none": net stays untrained; None: timm's download of the model called name.
+    key_in_file: net's key -> the file's. Raises DataError: unreadable file, failed download, missing or misshapen tensor.
     """
-    if weights is None:
-        try:
-            state = timm.create_model(name, pretrained=True).state_dict()
-        except Exception as error:  # whatever the hub's client raises
-            raise data.DataError(f"--backbone {name}: its weights cannot be downloaded ({' '.join(str(error).split())[:150]}); "
-                                 "give a local file by --weights FILE, or --weights none for an untrained backbone")
-    else:
-        state = read_tensors(weights)
-        for key in ("state_dict", "model", "models"):
-            if isinstance(state, dict) and isinstance(state.get(key), dict):
-                state = state[key]
-    flat = lambda key: key.replace(".", "_")  # timm's feature networks write stages_0 for stages.0
-    found = {flat(key): value for key, value in state.items() if torch.is_tensor(value)} if isinstance(state, dict) else {}
-    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-    for key, value in wanted.items():
-        if flat(key) not in found:
-            raise data.DataError(f"--weights {weights}: no tensor {key}; is this a checkpoint of {name}?")
-        if found[flat(key)].shape != value.shape:
-            raise data.DataError(f"--weights {weights}: {key} is {tuple(found[flat(key)].shape)}, "
-                                 f"{name} has {tuple(value.shape)}")
-        value.copy_(found[flat(key)])
-    log(f"backbone {name}: {len(wanted)} tensors loaded from {weights or 'timm'}, {len(found) - len(wanted)} not needed")
-
+    if weights == "none":
+        log(f"{name}: untrained (--weights none): good enough to see the code run, not for results")
+        return
+    try:
+        state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:  # what the hub's client raises
+        raise data.DataError(f"--backbone {name}: cannot download its weights ({' '.join(str(error).split())[:120]}); "
+                             "--weights FILE takes a local file, --weights none an untrained backbone") from None
+    for key in ("model", "models", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm's feature networks: stages_0 for stages.0
+    needed = {key_in_file(k): x for k, x in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    for key, value in needed.items():
+        new = found.get(key.replace(".", "_"))
+        if not torch.is_tensor(new) or new.shape != value.shape:
+            wrong = f"has shape {list(new.shape)}" if torch.is_tensor(new) else "is missing"
+            raise data.DataError(f"--weights {weights}: {key} {wrong}, {name} needs {list(value.shape)}")
+        value.copy_(new)
+    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {len(found) - len(needed)} others not needed")
 
 def read_tensors(path):
-    """Contents of a .safetensors file or of a torch checkpoint of tensors and plain containers; DataError if unreadable."""
+    """The dict in a .safetensors file or a torch checkpoint of tensors and plain containers; DataError if there is none."""
     try:
-        return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments beside
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        raise data.DataError(f"{path}: no such file")
+        raise data.DataError(f"{path}: no such file") from None
     except Exception as error:  # pickle, zip, safetensors and OS errors share no base class
-        raise data.DataError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]})")
+        raise data.DataError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 
+def fill(model, state):
+    """Load a checkpoint's tensors; DataError that names those that do not fit."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
 
 class MINTAD(nn.Module):
     """The model of Figure 3, or with uniad=True the UniAD baseline; both with the variants of Tables 4, 5 and 9.
@@ -479,7 +402,7 @@ class MINTAD(nn.Module):
     def __init__(self, C, H, W, K, query="inr", prompt="feature", adapter=True, cls_loss=True, prior_loss=True,
                  uniad=False, text=None, D=256, layers=4):
         super().__init__()
-        self.H, self.W, self.uniad, self.cls_loss, self.query_type, self.layers, self.K = H, W, uniad, cls_loss, query, layers, K
+        self.H, self.W, self.K, self.layers, self.uniad, self.query_type = H, W, K, layers, uniad, query
         P = H * W
         self.transformer = Transformer(C, H, W, D, layers=layers)
         self.register_buffer("mean", torch.zeros(C))
@@ -500,7 +423,9 @@ class MINTAD(nn.Module):
         if adapter:
             self.adapter = Adapter(C)
         if query != "learned" or cls_loss or prior_loss:
-            self.prompt = PROMPTS[prompt](C, P, K)
+            self.prompt = {"feature": FeaturePrompt, "label": LabelPrompt, "image": ImagePrompt}[prompt](C, P, K)
+        if self.prompt and prompt == "feature" and not cls_loss:
+            self.prompt.head = None
         if query == "inr" or prior_loss:
             self.inr = INRQuery(P, D)
         if query != "inr":
@@ -520,396 +445,32 @@ class MINTAD(nn.Module):
         f = (f - self.mean) / self.std
         f_ = self.adapter(f).float() if self.adapter else f
         z, logits = self.prompt(f_, label) if self.prompt else (None, None)
-        logits = logits if self.cls_loss else None  # an untrained head says nothing
         q_inr = self.inr(z) if self.inr else None
         q = self.query(z) if self.query else q_inr
         r = self.transformer(f_, [q.expand(f.shape[0], -1, -1)] * self.layers).float()
-        gaussian = None
-        if self.distribution:
-            mu, log_sigma = self.distribution(q_inr).float().chunk(2, -1)
-            gaussian = mu, log_sigma.clamp(-5, 5)
-        return f_, r, logits, gaussian
+        if not self.distribution:
+            return f_, r, logits, None
+        mu, log_sigma = self.distribution(q_inr).float().chunk(2, -1)
+        return f_, r, logits, (mu, log_sigma.clamp(-5, 5))
 
     def uniad_query(self, f, label):
         """L decoder queries of UniAD or its variants in Table 4, B x P x D each, and the class token or None."""
-        B, token = f.shape[0], None
+        B = f.shape[0]
         if self.query_type == "text":
             q = self.query(self.text[label])[:, None, None].expand(B, self.layers, f.shape[1], -1)
         else:
             q = self.query[label] if self.query_type == "pool" else self.query.expand(B, -1, -1, -1)  # B x L x P x D
-        if self.query_type == "token":
-            token = self.token(F.one_hot(label, self.K).to(f.dtype)).unsqueeze(1)  # B x 1 x D
+        token = self.token(F.one_hot(label, self.K).to(f.dtype)).unsqueeze(1) if self.token else None  # B x 1 x D
         return q.unbind(1), token
 
-    def losses(self, f, label):
-        """Mean losses of a batch: {"mse": Eq. 5, "ce": Eq. 1, "prior": Eq. 4, "det": -log |det W| / C}, and what else is logged.
-
-        Without those that the variant does not have.
-        """
-        f_, r, logits, gaussian = self(f, label)
-        losses, extra = {"mse": F.mse_loss(r, f_)}, {}  # Eq. 5
-        if logits is not None:
-            losses["ce"] = F.cross_entropy(logits.float(), label)  # Eq. 1
-            extra["accuracy"] = (logits.argmax(1) == label).float().mean()
-        if self.adapter:
-            losses["det"] = -self.adapter.log_det() / f.shape[-1]
-        if gaussian:
-            mu, log_sigma = gaussian
-            prior = (0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)).mean()  # Eq. 4
-            losses["prior"] = prior + losses.get("det", 0)  # Eq. 3: the likelihood of the original features
-        return losses, {**extra, "std f'": f_.detach().std()}
-
-
-def anomaly_map(f_, r, H, W):
-    """Eq. 7: s(h, w) = ||f' - r||_2, B x H x W, from B x P x C."""
-    return (f_ - r).norm(dim=-1).unflatten(1, (H, W))
-
-
-def upsample(s, size):
-    """B x H x W -> B x size x size, bilinear with aligned corners (Sec. 3.6)."""
-    return F.interpolate(s.unsqueeze(1), (size, size), mode="bilinear", align_corners=True).squeeze(1)
-
-
-def image_score(maps, kind):
-    """B x S x S -> B: "max" of the map (Sec. 3.6); "mean" (CIFAR-10); "pool": max of 16 x 16 averages (UniAD)."""
-    if kind == "pool":
-        maps = F.avg_pool2d(maps.unsqueeze(1), 16, stride=1).squeeze(1)
-    return maps.mean((1, 2)) if kind == "mean" else maps.amax((1, 2))
-
-
-def build_backbone(settings, weights):
-    levels = (*REDUCTIONS, 32) if settings["data"] == "cifar10" else REDUCTIONS  # C = 720 with b4, as UniAD
-    return Backbone(settings["backbone"], settings["size"], weights, levels)
-
-
-def build_model(settings, backbone, K, text=None):
-    return MINTAD(backbone.C, backbone.H, backbone.W, K, text=text, **{key: settings[key] for key in VARIANT})
-
-
-# ---------------------------------------------------------------------------------------------------------- train
-
-
-@torch.no_grad()
-def extract(backbone, images, folder, device):
-    """f of all training images, N x P x C in half precision: computed once, since training uses no augmentation.
-
-    Every process computes its share. In memory where that fits, else (and with several processes) in one memory-mapped
-    file that all of them read; on a GPU in its memory if it fits there.
-    """
-    shape, N = (len(images), backbone.H * backbone.W, backbone.C), len(images)
-    size, memory = 2 * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if WORLD == 1 and size < MEMORY_SHARE * memory:
-        features = np.empty(shape, np.float16)
-    else:
-        path = folder / "features.f16"
-        if RANK == 0:
-            np.memmap(path, np.float16, "w+", shape=shape)
-        barrier()
-        features = np.memmap(path, np.float16, "r+", shape=shape)
-        barrier()
-        if RANK == 0:
-            path.unlink()  # the mappings keep it alive, and no kill can leave it behind
-    for batch in progress(torch.arange(N)[RANK::WORLD].split(32), "features"):
-        features[batch] = backbone(to_device(images[batch.numpy()], device)).cpu().numpy()
-    barrier()
-    features = torch.from_numpy(features)
-    if device.type == "cuda" and size < MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
-        features = features.to(device)
-    return features
-
-
-def channel_statistics(features, index):
-    """Mean and standard deviation of each channel over the training features, C each.
-
-    The deviation has a floor of 1 % of the mean deviation: an untrained backbone has channels that never move.
-    """
-    total = torch.zeros(2, features.shape[-1], dtype=torch.float64, device=features.device)
-    for batch in index.split(64):
-        f = features[batch].double()
-        total += torch.stack([f.sum((0, 1)), f.square().sum((0, 1))])
-    mean, square = total / (len(index) * features.shape[1])
-    std = (square - mean ** 2).clamp_min(0).sqrt()
-    if not torch.isfinite(std).all() or std.mean() == 0:
-        raise data.DataError("the backbone's features are constant or overflow half precision; check --weights")
-    return mean.float(), std.clamp_min(0.01 * std.mean()).float()
-
-
-def train(model, features, index, labels, settings, seed, device, path, state):
-    """Train the model in place on features[index] with labels; a checkpoint after each epoch, from where `state` stops."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=settings["weight_decay"],
-                                  fused=device.type in ("cpu", "cuda"))
-    if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-    if len(index) < WORLD:
-        raise data.DataError(f"{path.stem}: {len(index)} training images for {WORLD} processes; start fewer")
-    epochs, steps = settings["epochs"], -(-len(index) // settings["batch_size"])
-    bar = progress(None, path.stem, total=epochs * steps, initial=state["epoch"] * steps)
-    for epoch in range(state["epoch"], epochs):
-        start, sums = time.time(), {}
-        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-        torch.manual_seed((1_000_003 * seed + epoch) * 4099 + RANK)  # dropout and jitter
-        model.train()
-        for step, batch in enumerate(order.split(settings["batch_size"]), epoch * steps):
-            part = batch[RANK::WORLD]  # each process takes its share of the same global batch
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings["lr"], step, epochs * steps)
-            optimizer.zero_grad()
-            if len(part):
-                f = features[index[part]].to(device).float()
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings["amp"]):
-                    losses, extra = model.losses(f, labels[part].to(device))
-                loss = sum(LAMBDA[key] * value for key, value in losses.items())  # Eq. 6
-                share = len(part) / len(batch)
-                (loss * share).backward()
-                for key, value in {**losses, **extra}.items():
-                    sums[key] = sums.get(key, 0) + value.detach() * len(part) / len(index)
-            sum_gradients(parameters)
-            nn.utils.clip_grad_norm_(parameters, 0.1)
-            optimizer.step()
-            bar.update()
-        sums = {key: total(value) for key, value in sums.items()}
-        if not math.isfinite(sum(sums.values())):
-            raise data.DataError(f"training diverged in epoch {epoch + 1}; the last checkpoint is good. Lower --lr")
-        values = ", ".join(f"{key} {value:.4f}" for key, value in sums.items())
-        log(f"{path.stem} epoch {epoch + 1}/{epochs}: {values}, {time.time() - start:.1f} s", bar)
-        state.update(epoch=epoch + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
-        save(path, state)
-    bar.close()
-
-
-def learning_rate(lr, step, steps):
-    """The rate of a step: lr x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs); what exceeds the paper's is warmed up to.
-
-    5e-4 at once makes the attention blind: all positions of an image get the same (README, "The learning rate").
-    """
-    return min(lr, PAPER["lr"] * (1 + step / 100)) if step < 0.8 * steps else 0.1 * lr
-
-
-def sum_gradients(parameters):
-    """Sum each parameter's gradient over the processes, in one message; a parameter without one has zeros."""
-    if WORLD == 1:
-        return
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
-
-
-def save(path, state):
-    if RANK == 0:
-        try:
-            with data.atomic(path) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-            raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); its last version is whole, "
-                                 "--resume goes on from it") from None
-
-
-# ------------------------------------------------------------------------------------------------------- evaluate
-
-
-@torch.no_grad()
-def infer(backbone, model, images, args, device, labels=None, quiet=False):
-    """Anomaly maps N x S x S, image scores N (numpy) and predicted classes (-1: no classifier), in full precision.
-
-    images: uint8 N x S x S x 3. Every process computes its share; process 0 gets all, the others None.
-    """
-    model.eval()
-    s, classes = [torch.zeros(0, model.H, model.W)], [torch.zeros(0, dtype=torch.long)]
-    for batch in progress(torch.arange(len(images))[RANK::WORLD].split(32), "evaluate", off=quiet):
-        f = backbone(to_device(images[batch.numpy()], device))
-        f_, r, logits, _ = model(f, None if labels is None else labels[batch].to(device))
-        s.append(anomaly_map(f_, r, model.H, model.W).cpu())
-        classes.append(logits.argmax(1).cpu() if logits is not None else torch.full((len(f),), -1))
-    s, classes = (gather(torch.cat(x), len(images), device) for x in (s, classes))
-    if s is None:
-        return None, None, None
-    maps = torch.cat([upsample(part, args.size) for part in s.split(256)])
-    return maps.numpy(), image_score(maps, score_kind(args)).numpy(), classes.tolist()
-
-
-@torch.no_grad()
-def save_queries(path, backbone, model, samples, images, device, labels=None):
-    """Fig. 4c: how a decoder query's positions attend to each other, P x P, for the first test image of each class.
-
-    Shown before the softmax, as the cosine of q's rows: at the length that q reaches, the softmax is one-hot. UniAD's query is
-    its first layer's. Positions run row by row over the feature map.
-    """
-    first, seen, pictures = {}, [], []
-    for i, sample in enumerate(samples):
-        first.setdefault(sample.cls, i)
-    hook = model.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
-    model.eval()
-    for cls, i in first.items():
-        model(backbone(to_device(images[[i]], device)), None if labels is None else labels[[i]].to(device))
-        q = F.normalize(seen.pop()[0], dim=-1)  # P x D
-        pictures.append(metrics.panels([metrics.heat((q @ q.T).cpu().numpy(), 0, 1)], cls, 0, 1))
-    hook.remove()
-    metrics.sheet({f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
-                   for i in range(0, len(pictures), 5)}, path)
-
-
-def to_device(images, device):
-    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
-
-
-def gather(x, N, device):
-    """Rows RANK::WORLD of every process -> all N rows on process 0, None elsewhere."""
-    if WORLD == 1:
-        return x
-    x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, -(-N // WORLD) - len(x))).to(device)
-    parts = [torch.empty_like(x) for _ in range(WORLD)] if RANK == 0 else None
-    dist.gather(x, parts)
-    return torch.stack(parts, 1).flatten(0, 1)[:N].cpu() if RANK == 0 else None  # n x WORLD x .. -> N x ..
-
-
-def score_kind(args):
-    return "mean" if args.data == "cifar10" else "pool" if args.uniad else "max"
-
-
-# ------------------------------------------------------------------------------------------------------------ run
-
-VARIANT = ("query", "prompt", "adapter", "cls_loss", "prior_loss", "uniad")
-STATE = ("name", "settings", "root", "seed", "classes", "epoch", "model", "optimizer", "normal", "result")
-SETTINGS = ("data", "unified", "classes", "normals", "backbone", "weights", "size", "epochs", "batch_size", "lr",
-            "weight_decay", "amp", "holdout", "text", *VARIANT)  # what a result depends on; kept in the checkpoint
-
-
-def run(args):
-    try:
-        device = start(args)
-    except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f"--device {args.device}: not usable here ({str(error).splitlines()[0][:120]})") from None
-    if args.bench:
-        return bench(args, device)
-    states, asked = [], args.classes
-    if args.eval:
-        states = load_run(args.eval)
-        vars(args).update(states[0]["settings"], seed=sorted({state["seed"] for state in states}))
-        args.root = args.root or states[0]["root"]
-        for state in states:
-            if state["normal"] is None:
-                said = f"the training of {state['name']} stopped after epoch {state['epoch']} of {args.epochs}"
-                if args.predict or args.export or args.save_maps:
-                    raise data.DataError(f"--eval {args.eval}: {said}; finish it with --resume")
-                log(f"warning: {said}")
-    folder = run_folder(args)
-    if args.predict or args.export:
-        if len(states) > 1:
-            raise data.DataError(f"--eval {args.eval}: it holds {len(states)} models; name one of its .pt files")
-        if WORLD > 1:
-            raise data.DataError("--predict and --export run in one process, without torchrun")
-        backbone, model = restore(states[0], device)
-        return (export if args.export else predict)(args, states[0], backbone, model, folder, device, asked)
-
-    cache = None if args.cache == "none" or args.data == "toy" else args.cache
-    dataset = data.load(args.data, args.root, args.classes, args.normals, warn=log)
-    labels_at_test(args, dataset.test, dataset.classes)  # before hours of training
-    decode = lambda samples, name, masks=False: data.decode(  # process 0 fills the cache, the others then open it
-        samples, args.size, masks=masks, cache=cache, workers=args.workers, name=name, progress=RANK == 0)
-    test_images = in_turn(lambda: decode(dataset.test, "test images"))
-    masks = in_turn(lambda: decode(dataset.test, "masks", masks=True))
-    results = {}
-    for state, backbone, model in map(lambda s: (s, *restore(s, device)), states) if args.eval else \
-            train_all(args, dataset, decode, folder, device):
-        index = [i for i, s in enumerate(dataset.test) if args.unified or s.cls in state["classes"]]
-        if (args.eval or not state["result"] or args.save_maps or args.save_tiff) and index:
-            samples = [dataset.test[i] for i in index]
-            labels = labels_at_test(args, samples, state["classes"])
-            maps, scores, _ = infer(backbone, model, test_images[index], args, device, labels)
-            if RANK == 0:
-                state["result"] = metrics.evaluate(samples, scores, maps, masks[index])["classes"]
-                if args.save_maps:
-                    metrics.save_maps(folder / "maps" / f"seed{state['seed']}", samples, test_images[index],
-                                      masks[index], maps, scores, state["normal"], args.quantile)
-                    save_queries(folder / "maps" / f"{state['name']}-queries.png", backbone, model, samples,
-                                 test_images[index], device, labels)
-                if args.save_tiff:
-                    metrics.save_tiff(folder / "tiff" / f"seed{state['seed']}", samples, maps)
-        if not args.eval:
-            state["optimizer"] = None  # finished: it is not needed any more
-            save(folder / f"{state['name']}.pt", state)
-        results.setdefault(state["seed"], {}).update(state["result"] or {})
-    if RANK == 0:
-        result = metrics.over_seeds({seed: {"classes": rows, "mean": metrics.mean(rows)}
-                                     for seed, rows in results.items()})
-        log(metrics.table(result, paper_figures(args, result["classes"])))
-        metrics.save_json(folder / "metrics.json", {"seed": args.seed, **{key: getattr(args, key) for key in SETTINGS}},
-                          result)
-        log(f"written to {folder}")
-
-
-def train_all(args, dataset, decode, folder, device):
-    """Train a model per seed and, unless --unified, per class; yields (state, backbone, model) of each."""
-    settings = {key: getattr(args, key) for key in SETTINGS}
-    log(f"mintad.py: {', '.join(f'{key} {value}' for key, value in settings.items())}, seeds {args.seed}, "
-        f"{WORLD} process(es), {device}")
-    if not dataset.train:
-        raise data.DataError(f"--data {args.data}: no training images")
-    if args.batch_size < WORLD:
-        raise data.DataError(f"--batch-size {args.batch_size}: less than one image for each of {WORLD} processes")
-    if RANK == 0:
-        metrics.save_json(folder / "args.json", vars(args), {})
-    if args.weights == "none":
-        log("warning: the backbone is untrained (--weights none): good enough to see the code run, not for results")
-    text = read_text(args.text, dataset.classes) if args.query == "text" else None
-    images = in_turn(lambda: decode(dataset.train, "training images"))
-    held_out = torch.from_numpy(data.hold_out(dataset.train, args.holdout))
-    torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
-    backbone = in_turn(lambda: build_backbone(settings, args.weights)).to(device)
-    features = None
-    for seed in args.seed:
-        for classes in [dataset.classes] if args.unified else [[cls] for cls in dataset.classes]:
-            name = f"seed{seed}" + ("" if args.unified else "-" + classes[0].replace("/", "_"))
-            torch.manual_seed(seed)
-            rows = text[[dataset.classes.index(cls) for cls in classes]] if args.query == "text" else None
-            model = build_model(settings, backbone, len(classes), rows).to(device)
-            state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
-                         model=None, optimizer=None, backbone=backbone.state_dict(), normal=None, result=None)
-            if args.resume and (path := folder / f"{name}.pt").exists():
-                state = resume(path, state)
-                fill(state, backbone, model)
-            if not state["result"]:
-                if features is None:
-                    features = extract(backbone, images, folder, device)
-                labels = labels_of(dataset.train, classes)
-                index = ((labels >= 0) & ~held_out).nonzero().squeeze(1)
-                if not args.uniad and state["epoch"] == 0:
-                    for buffer, value in zip((model.mean, model.std), channel_statistics(features, index)):
-                        buffer.copy_(value)
-                train(model, features, index, labels[index], settings, seed, device, folder / f"{name}.pt", state)
-                kept = ((labels >= 0) & held_out).nonzero().squeeze(1)
-                normal = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
-                maps, scores, _ = infer(backbone, model, images[normal.numpy()], args, device,
-                                        labels[normal] if needs_label(args) else None)
-                if RANK == 0:
-                    state["normal"] = metrics.calibrate(maps, scores, [classes[k] for k in labels[normal]],
-                                                        held_out=len(kept) > 0)
-            yield state, backbone, model
-
-
-def labels_of(samples, classes):
-    """Index of each sample's class in classes, N; -1: not among them."""
-    return torch.tensor([classes.index(s.cls) if s.cls in classes else -1 for s in samples], dtype=torch.long)
-
-
-def needs_label(args):
-    return args.query in ("pool", "token", "text") if args.uniad else args.prompt == "label"
-
-
-def labels_at_test(args, samples, classes):
-    """Labels of test samples, N, for the variants that need them, else None. Raises data.DataError where they are not known."""
-    labels = labels_of(samples, classes) if needs_label(args) else None
-    if labels is not None and (labels < 0).any():
-        stranger = samples[(labels < 0).nonzero()[0]]
-        raise data.DataError(f"--prompt {args.prompt} --query {args.query}: needs the class of every test image, but "
-                             f"{stranger.image} is of none of {', '.join(classes)}")
-    return labels
-
+def build(settings, backbone, classes, text=None):
+    """MINT-AD, or the variant that settings name, with the backbone as a part of it."""
+    if settings["query"] == "text" and text is None:
+        text = read_text(settings["text"], classes)
+    variant = {key: settings[key] for key in ("query", "prompt", "adapter", "cls_loss", "prior_loss", "uniad")}
+    model = MINTAD(backbone.C, backbone.H, backbone.W, len(classes), text=text, **variant)
+    model.backbone = backbone
+    return model
 
 def read_text(path, classes):
     """K x E text embeddings from a safetensors file with one row (a tensor of E) per class name."""
@@ -919,325 +480,814 @@ def read_text(path, classes):
             raise data.DataError(f"--text {path}: no row '{cls}'; it has {', '.join(sorted(rows))[:200]}")
     return torch.stack([rows[cls].float().flatten() for cls in classes])
 
+# ---------------------------------------------------------------- losses
 
-def run_folder(args):
-    """--out, or runs/mintad-SET-SETTING with a number that is free; refuses to overwrite another run."""
-    if args.eval:
-        source = Path(args.eval)
-        folder = Path(args.out or (source if source.is_dir() else source.parent) / "eval")
-    elif args.out:
-        folder = Path(args.out)
-        if not args.resume and any(folder.glob("seed*.pt")):
-            raise data.DataError(f"--out {folder}: holds a run already; --resume goes on with it")
-    else:
-        stem = f"mintad-{args.data}-{'unified' if args.unified else 'separate'}"
-        folders = [Path("runs", stem + (f"-{i}" if i > 1 else "")) for i in range(1, 10000)]
-        free = next(i for i, f in enumerate(folders) if not f.exists())
-        folder = folders[max(free - 1, 0) if args.resume else free]
-    barrier()  # every process has chosen before the folder appears
-    folder.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        LOG.append(folder / "log.txt")
-        for left in folder.glob(".tmp*"):  # by a run that was killed while it wrote
-            left.unlink()
-        if args.resume and not any(folder.glob("seed*.pt")):
-            log(f"{folder}: no checkpoint yet, starting from the beginning")
-    return folder
+def objective(model, outputs, label, literal=False):
+    """(Eq. 6, {name: what is logged}) of a batch; outputs: what model(f, label) returns.
 
+    Eq. 3 writes a likelihood of the original features, and for f' = W f + b that is
+        log p(f) = log N(f'; mu, sigma) + log |det W|                     per position.
+    Eq. 5 is a Gaussian's likelihood too, with a fixed s = 1/2:  -log p(f) = |f' - r|^2 / 2s^2 - log |det W| + const, which times
+    2s^2 / C is Eq. 5 - 2s^2 log |det W| / C. Without the determinants (literal) f' shrinks, and every loss with it.
+    """
+    f_, r, logits, gaussian = outputs
+    mse = F.mse_loss(r, f_)  # Eq. 5
+    loss, logged = mse, {"mse": mse}
+    det = 0
+    if model.adapter and not literal:
+        det = -model.adapter.log_det() / f_.shape[-1]
+        loss, logged["det"] = loss + 2 * 0.5**2 * det, det
+    if logits is not None:
+        ce = F.cross_entropy(logits.float(), label)  # Eq. 1
+        loss, logged["ce"] = loss + LAMBDA_CE * ce, ce
+        logged["accuracy"] = (logits.argmax(1) == label).float().mean()
+    if gaussian:
+        mu, log_sigma = gaussian
+        prior = (0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)).mean() + det  # Eq. 4
+        loss, logged["prior"] = loss + LAMBDA_PRIOR * prior, prior
+    return loss, logged | {"std f'": f_.detach().std()}
 
-def load_run(path):
-    """States of a checkpoint file, or of all in a run's folder."""
-    paths = sorted(Path(path).glob("seed*.pt")) if Path(path).is_dir() else [Path(path)]
-    if not paths:
-        raise data.DataError(f"--eval {path}: no checkpoint (.pt) in this folder")
-    states = [read_tensors(p) for p in paths]
-    for p, state in zip(paths, states):
-        if not (isinstance(state, dict) and {*STATE, "backbone"} <= state.keys() and isinstance(state["settings"], dict)
-                and set(SETTINGS) <= state["settings"].keys()):
-            raise data.DataError(f"{p}: not a checkpoint of this version of mintad.py")
-    return states
+# ---------------------------------------------------------------- anomaly map and score
 
+def anomaly_map(f_, r, H, W):
+    """Eq. 7: s(h, w) = ||f' - r||_2, B x H x W, from B x P x C."""
+    return (f_ - r).norm(dim=-1).unflatten(1, (H, W))
 
-def resume(path, expected):
-    """The state in path; DataError that names the difference where it is of other arguments."""
-    state = load_run(path)[0]
-    for key, mine in {**expected["settings"], "classes": expected["classes"]}.items():
-        theirs = state["classes"] if key == "classes" else state["settings"].get(key)
-        if theirs != mine:
-            raise data.DataError(f"--resume: {path} was made with {key} = {theirs}, not {mine}; "
-                                 "give the same arguments or another --out")
-    log(f"{path}: {state['epoch']} of {expected['settings']['epochs']} epochs done")
-    return state
+def upsample(s, size):
+    """B x H x W -> B x size x size, bilinear with aligned corners (Sec. 3.6)."""
+    return F.interpolate(s.unsqueeze(1), (size, size), mode="bilinear", align_corners=True).squeeze(1)
 
+def image_score(maps, kind):
+    """B x S x S -> B: "max" of the map (Sec. 3.6); "mean" (CIFAR-10); "pool": max of 16 x 16 averages (UniAD)."""
+    if kind == "pool":
+        maps = F.avg_pool2d(maps.unsqueeze(1), 16, stride=1).squeeze(1)
+    return maps.mean((1, 2)) if kind == "mean" else maps.amax((1, 2))
 
-def restore(state, device):
-    """(backbone, model) from a checkpoint alone."""
-    backbone = build_backbone(state["settings"], "none")
-    model = build_model(state["settings"], backbone, len(state["classes"]), state["model"].get("text"))
-    fill(state, backbone, model)
-    return backbone.to(device).eval(), model.to(device).eval()
+# ---------------------------------------------------------------- train
 
+@torch.no_grad()
+def extract(backbone, images, index, folder, device):
+    """f of images[index], N x P x C in half precision, on the GPU if it fits there: computed once, as nothing augments.
 
-def fill(state, backbone, model):
-    """Load a checkpoint's tensors; DataError that names those that do not fit."""
-    try:
-        backbone.load_state_dict(state["backbone"])
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
+    Every process computes its share and gets all.
+    """
+    N, memory = len(index), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shape = (N, backbone.H * backbone.W, backbone.C)
+    size = 2 * math.prod(shape)
+    if size < 0.5 / WORLD * memory:
+        features = torch.empty(shape, dtype=torch.half)
+    else:  # the system keeps of it in memory what it can
+        file = tempfile.TemporaryFile(dir=folder)
+        os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would be a crash later
+        features = torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
+    chunk = WORLD * (4 if device.type == "cpu" else 32)  # 4: large temporary tensors cost a CPU twice the time
+    for rows in progress(torch.arange(N).split(chunk), "features"):
+        mine = rows[RANK::WORLD] if RANK < len(rows) else rows[:1]
+        f = backbone(to_device(images[index[mine.numpy()]], device)).half().cpu()
+        f = F.pad(f, (0, 0, 0, 0, 0, -(-len(rows) // WORLD) - len(f)))
+        features[rows] = gather(f, everywhere=True)[:len(rows)]
+    fits = device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]
+    return features.to(device) if fits else features
 
+def channel_statistics(features):
+    """Mean and standard deviation of each channel of features N x P x C, C each.
 
-def predict(args, state, backbone, model, folder, device, asked):
-    """Score, verdict, class and picture of the images --predict names; True if every file could be read."""
-    label = None
-    if asked and (len(asked) > 1 or asked[0] not in state["classes"]):
-        raise data.DataError(f"--classes {' '.join(asked)}: with --predict one of {', '.join(state['classes'])}")
-    if needs_label(args):
-        if not asked:
-            raise data.DataError("--classes: this model needs the class of the images, one of " + ", ".join(state["classes"]))
-        label = torch.tensor([state["classes"].index(asked[0])])
+    The deviation has a floor of 1 % of the mean deviation: an untrained backbone has channels that never move.
+    """
+    sums = torch.zeros(2, features.shape[-1], dtype=torch.float64, device=features.device)
+    for f in features.split(64):
+        sums += torch.stack([f.double().sum((0, 1)), f.double().square().sum((0, 1))])
+    mean, square = sums / features[:, :, 0].numel()
+    std = (square - mean**2).clamp_min(0).sqrt()
+    if not torch.isfinite(std).all() or std.mean() == 0:
+        raise data.DataError("the backbone's features are constant or overflow half precision; check --weights")
+    return mean.float(), std.clamp_min(0.01 * std.mean()).float()
 
-    def look(images):
-        maps, scores, k = infer(backbone, model, images, args, device,
-                                label.expand(len(images)) if label is not None else None, quiet=True)
-        return maps, scores, [asked[0] if asked else state["classes"][i] if i >= 0 else None for i in k]
+def optimizers(model, s, device):
+    """[(optimizer, factor of the learning rate)]: the paper's AdamW for everything, or Muon for the transformer's matrices.
 
-    return metrics.predict(data.find_images(args.predict), look, args.size, None, state["normal"], args.quantile,
-                           folder, log)
+    Muon (momentum 0.95, update scaled to AdamW's) at 4 times AdamW's rate: of 2, 4 and 10 the best in short runs. The packed
+    query-key-value matrix is taken as one: in three parts it learned the same (README, "Results").
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if s.optimizer == "muon" and name.startswith("transformer.") and p.ndim == 2
+                and "_embed" not in name]
+    taken = set(map(id, matrices))
+    adamw = torch.optim.AdamW([p for _, p in named if id(p) not in taken], weight_decay=s.weight_decay,
+                              fused=device.type in ("cpu", "cuda"))
+    if not matrices:
+        return [(adamw, 1)]
+    muon = torch.optim.Muon(matrices, weight_decay=s.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [(adamw, 1), (muon, 4)]
 
+def learning_rate(lr, step, steps):
+    """The rate of a step: lr x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs); what exceeds the paper's is warmed up to.
+
+    5e-4 at once makes the attention blind: all positions of an image get the same within 200 steps, and for good.
+    """
+    return min(lr, PAPER["lr"] * (1 + step / 100)) if step < 0.8 * steps else 0.1 * lr
+
+def train(model, state, samples, images, index, folder, device):
+    """Train the model in place on images[index]; a checkpoint after each epoch, from where state stops."""
+    s, name = argparse.Namespace(**state["settings"]), state["name"]
+    features, labels = extract(model.backbone, images, index, folder, device), labels_of(samples, state["classes"])[index]
+    if not s.uniad and state["epoch"] == 0:
+        model.mean, model.std = (x.to(device) for x in channel_statistics(features))
+    optimizer_list = optimizers(model, s, device)
+    for (optimizer, _), saved in zip(optimizer_list, state["optimizer"] or ()):
+        optimizer.load_state_dict(saved)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    steps = -(-len(index) // s.batch_size)
+    for epoch in range(state["epoch"], s.epochs):
+        start, sums = time.time(), 0
+        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1_000_003 * state["seed"] + epoch))
+        torch.manual_seed((1_000_003 * state["seed"] + epoch) * 4099 + RANK)  # dropout and jitter
+        model.train()
+        for step, batch in enumerate(progress(order.split(s.batch_size), f"{name} epoch {epoch + 1}"), epoch * steps):
+            part = batch[RANK::WORLD]  # each process takes its share of the same global batch
+            share = len(part) / len(batch)
+            part = part if len(part) else batch[:1]  # none in it: an image that counts 0 times
+            f, label = features[part].to(device).float(), labels[part].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                outputs = parallel(f, label)
+            loss, logged = objective(model, outputs, label, s.literal)
+            for optimizer, factor in optimizer_list:
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * learning_rate(s.lr, step, s.epochs * steps)
+                optimizer.zero_grad()
+            (WORLD * share * loss).backward()  # DistributedDataParallel takes the mean over the processes
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            for optimizer, _ in optimizer_list:
+                optimizer.step()
+            values = torch.stack([value.detach().to(device) for value in logged.values()])
+            sums = sums + values * (len(batch) * share / len(index))
+        sums = total(sums).tolist()
+        if not all(map(math.isfinite, sums)):
+            raise data.DataError(f"training diverged in epoch {epoch + 1}; the last checkpoint is good. Lower --lr")
+        values = ", ".join(f"{key} {value:.4f}" for key, value in zip(logged, sums))
+        log(f"{name} epoch {epoch + 1}/{s.epochs}: {values}, {time.time() - start:.1f} s")
+        state.update(epoch=epoch + 1, model=model.state_dict(), optimizer=[o.state_dict() for o, _ in optimizer_list])
+        save(folder, state)
+
+def labels_of(samples, classes):
+    """Index of each sample's class in classes, N; -1: not among them."""
+    return torch.tensor([classes.index(s.cls) if s.cls in classes else -1 for s in samples], dtype=torch.long)
+
+# ---------------------------------------------------------------- evaluate
 
 class Inference(nn.Module):
-    """What --export writes: image B x 3 x S x S in 0..1 -> map B x S x S, score B; normalisation inside."""
+    """Image B x 3 x S x S in 0..1 (and label B) -> map B x S x S, score B, predicted class B (-1: no classifier)."""
 
-    def __init__(self, backbone, model, size, kind):
+    def __init__(self, model, args):
         super().__init__()
-        self.backbone, self.model, self.size, self.kind = backbone, model, size, kind
+        self.model, self.size = model.eval(), args.crop or args.size
+        self.kind = "mean" if args.data == "cifar10" else "pool" if args.uniad else "max"
 
-    def forward(self, image):
-        f_, r, _, _ = self.model(self.backbone(image))
+    def forward(self, image, label=None):
+        f_, r, logits, _ = self.model(self.model.backbone(image), label)
         maps = upsample(anomaly_map(f_, r, self.model.H, self.model.W), self.size)
-        return maps, image_score(maps, self.kind)
+        score = image_score(maps, self.kind)
+        return maps, score, torch.full_like(score, -1) if logits is None else logits.argmax(1).to(score.dtype)
 
+@torch.no_grad()
+def infer(network, images, device, *labels, quiet=False):
+    """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
 
-def export(args, state, backbone, model, folder, device, asked):
-    if needs_label(args):
+    Every process computes its share; process 0 gets all, the others None for each output.
+    """
+    N = len(images)
+    mine = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on every process; the surplus is cut off
+    parts = []
+    for batch in progress(mine.split(4 if device.type == "cpu" else 32), "evaluate", quiet):  # 4: see README, "Cost"
+        x = to_device(images[batch.numpy()], device)
+        parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
+    outputs = [gather(torch.cat(part)) for part in zip(*parts)]
+    return [None if output is None else output[:N].numpy() for output in outputs]
+
+def needed_labels(settings, samples, classes):
+    """[labels of the samples, N] for the variants that need them at test time, else []."""
+    needs = settings["query"] in ("pool", "token", "text") or settings["prompt"] == "label"
+    return [labels_of(samples, classes)] if needs else []
+
+def evaluate(model, state, test, images, masks, args, folder, device):
+    """{row: metrics} of the test images of the model's classes; with --save-maps the pictures, and Fig. 4c's."""
+    index = [i for i, sample in enumerate(test) if args.data == "cifar10" or sample.cls in state["classes"]]
+    if not index:
+        return {}
+    samples, images = [test[i] for i in index], images[index]
+    labels = needed_labels(state["settings"], samples, state["classes"])
+    maps, scores, _ = infer(Inference(model, args), images, device, *labels)
+    if args.save_maps and RANK == 0:
+        save_queries(folder / "maps" / f"{state['name']}-queries.png", model, samples, images, device, *labels)
+    return measure(args, state, samples, images, masks[index], maps, scores, folder)
+
+def calibrate(model, state, samples, images, held_out, device):
+    """What normal images look like to the model: see metrics.calibrate. None on other processes than the first."""
+    labels = needed_labels(state["settings"], samples, state["classes"])
+    maps, scores, _ = infer(Inference(model, argparse.Namespace(**state["settings"])), images, device, *labels)
+    return metrics.calibrate(maps, scores, [sample.cls for sample in samples], held_out) if RANK == 0 else None
+
+@torch.no_grad()
+def save_queries(path, model, samples, images, device, labels=None):
+    """Fig. 4c: how a decoder query's positions attend to each other, P x P, for the first test image of each class.
+
+    Shown before the softmax, as the cosine of q's rows: at the length that q reaches, the softmax is one-hot. UniAD's query is
+    its first layer's. Positions run row by row over the feature map.
+    """
+    first, seen, pictures = {}, [], []
+    for i, sample in enumerate(samples):
+        first.setdefault(sample.cls, i)
+    hook = model.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
+    for cls, i in first.items():
+        model(model.backbone(to_device(images[[i]], device)), None if labels is None else labels[[i]].to(device))
+        q = F.normalize(seen.pop()[0], dim=-1)  # P x D
+        pictures.append(metrics.panels([metrics.heat((q @ q.T).cpu().numpy(), 0, 1)], cls, 0, 1))
+    hook.remove()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics.sheet({f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
+                   for i in range(0, len(pictures), 5)}, path)
+
+def restore(state, device):
+    """The model from a checkpoint alone."""
+    backbone = build_backbone(state["settings"], "none")
+    model = build(state["settings"], backbone, state["classes"], state["model"].get("text"))
+    fill(model, state)
+    return model.to(device).eval()
+
+# ---------------------------------------------------------------- a run and its files
+
+STATE = ("name", "settings", "root", "images", "seed", "classes", "epoch", "model", "optimizer", "normal")
+
+def train_run(args, device):
+    """Train and evaluate a model per seed and, unless --unified, per class; then the table."""
+    folder = claim(args)
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    log(f"{PROGRAM}.py: {show(settings)}, seeds {args.seed}, {WORLD} process(es), {device}")
+    dataset = load(args)
+    images = decode(args, dataset.train, "training images")
+    test_images = decode(args, dataset.test, "test images")
+    masks = decode(args, dataset.test, "masks")
+    held_out = data.hold_out(dataset.train, args.holdout)
+    torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
+    backbone = build_backbone(settings, args.weights)
+    results = {}
+    for seed in args.seed:
+        for classes in [dataset.classes] if args.unified else [[cls] for cls in dataset.classes]:
+            of_classes = np.array([sample.cls in classes for sample in dataset.train])
+            index, kept = np.flatnonzero(of_classes & ~held_out), np.flatnonzero(of_classes & held_out)
+            name = f"seed{seed}" if args.unified else f"seed{seed}-{classes[0].replace('/', '_')}"
+            listing = data.listing([dataset.train[i] for i in index], args.root)
+            state = dict(name=name, settings=settings, root=args.root, images=listing, seed=seed, classes=classes,
+                         epoch=0, model=None, optimizer=None, normal=None)
+            torch.manual_seed(seed)
+            model = build(settings, backbone, classes).to(device)
+            if args.resume:
+                state = from_first(resume, folder, state)
+            if state["model"]:
+                fill(model, state)
+            if state["normal"] is None:  # not finished
+                train(model, state, dataset.train, images, index, folder, device)
+                seen = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
+                state["normal"] = calibrate(model, state, [dataset.train[i] for i in seen], images[seen],
+                                            len(kept) > 0, device)
+                state["optimizer"] = None  # it is not needed any more
+                save(folder, state)
+            rows = evaluate(model, state, dataset.test, test_images, masks, args, folder, device)
+            results.setdefault(seed, {}).update(rows)
+    report(args, results, folder)
+
+def eval_run(args, device):
+    """Evaluate a checkpoint, or all of a run's folder, on the test images as they lie there now."""
+    states = from_first(load_run, args)
+    adopt(args, states)
+    folder = claim(args)
+    for state in states:
+        if state["normal"] is None:
+            log(f"warning: the training of {state['name']} stopped after epoch {state['epoch']} of {args.epochs}")
+    dataset = load(args)
+    for cls in set(dataset.classes) - {cls for state in states for cls in state["classes"]}:
+        log(f"warning: class '{cls}' was not trained and is left out")
+    test_images = decode(args, dataset.test, "test images")
+    masks = decode(args, dataset.test, "masks")
+    results = {}
+    for state in states:
+        rows = evaluate(restore(state, device), state, dataset.test, test_images, masks, args, folder, device)
+        results.setdefault(state["seed"], {}).update(rows)
+    report(args, results, folder)
+
+def load(args):
+    """The data set; DataError if there is nothing to train on, or with --eval nothing to evaluate."""
+    dataset = data.load(args.data, args.root, args.classes, args.normals, log=log)
+    if not (dataset.test if args.eval else dataset.train):
+        raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
+    return dataset
+
+def decode(args, samples, name):
+    """uint8 N x S x S x 3 images, or if name is "masks" the bool N x S x S masks, decoded once a node."""
+    cache = None if args.cache == "none" or args.data == "toy" else args.cache
+    if LOCAL_RANK and cache:
+        total(torch.zeros(1))  # waits until the node's first process has filled the cache
+    array = data.decode(samples, args.size, args.crop, masks=name == "masks", cache=cache, workers=args.workers,
+                        name=name, progress=RANK == 0, log=log)
+    if LOCAL_RANK == 0 and cache:
+        total(torch.zeros(1))
+    return array
+
+def measure(args, state, samples, images, masks, maps, scores, folder):
+    """{row: metrics}, with --save-maps also the pictures; on the other processes than the first nothing."""
+    if RANK:
+        return {}
+    if args.save_maps:
+        metrics.save_maps(folder / "maps" / f"seed{state['seed']}", samples, images, masks, maps, scores,
+                          state["normal"], args.quantile)
+    return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
+
+def report(args, results, folder):
+    """Print the table and write metrics.json."""
+    if RANK:
+        return
+    result = metrics.over_seeds({seed: {"classes": rows, "mean": metrics.mean(rows)} for seed, rows in results.items()})
+    log(metrics.table(result, paper_figures(args, result["classes"])))
+    metrics.save_json(folder / "metrics.json", {key: getattr(args, key) for key in ("seed", *SETTINGS)}, result)
+    log(f"written to {folder}")
+
+def claim(args):
+    """The run's folder: --out, or runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint.
+
+    On process 0 it is new, empty or one that this program made, and locked until the process ends. Raises DataError.
+    """
+    if args.eval:
+        source = Path(args.eval)
+        default = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
+    else:
+        default = Path("runs", f"{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
+    folder = Path(args.out or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        if any(folder.iterdir()) and not (folder / f".{PROGRAM}").exists():
+            raise data.DataError(f"--out {folder}: holds files that {PROGRAM}.py did not write; name an empty folder")
+        if any(folder.glob("seed*.pt")) and not args.resume:
+            raise data.DataError(f"--out {folder}: holds a run; --resume goes on with it, another --out starts anew")
+        LOCK.append(open(folder / f".{PROGRAM}", "w"))
+        try:
+            fcntl.flock(LOCK[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise data.DataError(f"--out {folder}: another run is writing into it") from None
+        data.remove_partial(folder)  # left by a run that was killed while it wrote
+        LOG.append(open(folder / "log.txt", "a", encoding="utf-8"))
+        metrics.save_json(folder / "args.json", vars(args), {})
+    return folder
+
+def save(folder, state):
+    """Write the checkpoint, on process 0; DataError if it cannot be written."""
+    path = folder / f"{state['name']}.pt"
+    try:
+        if RANK == 0:
+            with data.atomic(path) as temporary:
+                torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        left = "its last version is whole, --resume goes on from it" if path.exists() else "nothing was saved"
+        raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); {left}") from None
+
+def resume(folder, state):
+    """The state in the folder, or the given one if there is none. DataError that names the first difference."""
+    path = folder / f"{state['name']}.pt"
+    if not path.exists():
+        return state
+    found = read_state(path)
+    check_same(f"--resume {path}", found, state, "give the same arguments or another --out")
+    for now, then in zip_longest(state["images"], found["images"]):
+        if now != then:
+            raise data.DataError(f"--resume {path}: it was trained on {then} where now is {now}; give the same --root "
+                                 "or another --out")
+    log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
+    return found
+
+def load_run(args):
+    """States of the checkpoint --eval, or of all in a run's folder. DataError if they were made with other settings."""
+    path = Path(args.eval)
+    paths = sorted(path.glob("seed*.pt")) if path.is_dir() else [path]
+    if not paths:
+        raise data.DataError(f"--eval {path}: no checkpoint (.pt) in this folder")
+    states = [read_state(p) for p in paths]
+    for state in states:
+        check_same(f"--eval {path}: {state['name']}.pt", state, states[0] | {"classes": state["classes"]}, "name one of them")
+        if state["normal"] is None and (args.predict or args.export or args.save_maps):
+            raise data.DataError(f"--eval {path}: its training stopped early; finish it with --resume")
+    return states
+
+def read_state(path):
+    state = read_tensors(path)
+    if not (isinstance(state, dict) and set(STATE) <= state.keys() and isinstance(state["settings"], dict)
+            and set(SETTINGS) <= state["settings"].keys()):
+        raise data.DataError(f"{path}: not a checkpoint of this version of {PROGRAM}.py")
+    return state
+
+def check_same(what, state, other, advice):
+    """DataError if two states differ in their settings or classes."""
+    for key in (*SETTINGS, "classes"):
+        mine, theirs = (s["classes"] if key == "classes" else s["settings"][key] for s in (state, other))
+        if mine != theirs:
+            raise data.DataError(f"{what} was made with {key} = {mine}, not {theirs}; {advice}")
+
+def adopt(args, states):
+    """The checkpoints' settings, seeds and root, where the arguments leave them open."""
+    for key, value in states[0]["settings"].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
+
+# ---------------------------------------------------------------- a trained model's use
+
+def one_model(args):
+    """The state of the one model that --predict and --export use."""
+    states = load_run(args)
+    adopt(args, states)
+    if len(states) > 1 or WORLD > 1:
+        raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
+    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in states[0]["classes"]):
+        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {', '.join(states[0]['classes'])}")
+    return states[0]
+
+def predict(args, device):
+    """Score, verdict, class and picture of the images --predict names; True if every image could be judged."""
+    state, asked = one_model(args), args.classes
+    files, network = data.find_images(args.predict), Inference(restore(state, device), args)
+    if not asked and needed_labels(state["settings"], [], []):
+        raise data.DataError(f"--classes: this model needs the class of the images, one of {', '.join(state['classes'])}")
+
+    def look(images):
+        samples = [data.Sample("", 0, None, asked[0] if asked else "", "")] * len(images)
+        maps, scores, k = infer(network, images, device, *needed_labels(state["settings"], samples, state["classes"]),
+                                quiet=True)
+        named = [state["classes"][int(i)] if i >= 0 else None for i in k]
+        return maps, scores, asked * len(images) if asked else named
+
+    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, claim(args), log)
+
+def export(args):
+    """Write the network as a torch.export program, which loads without this project."""
+    state = one_model(args)
+    if needed_labels(state["settings"], [], []):
         raise data.DataError("--export: this variant needs a class label beside the image and is not exported")
-    network = Inference(backbone, model, args.size, score_kind(args)).eval().cpu()
-    image = torch.rand(2, 3, args.size, args.size)
-    program = torch.export.export(network, (image,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    with data.atomic(args.export) as temporary:
-        torch.export.save(program, temporary)
-    log(f"{args.export}: image B x 3 x {args.size} x {args.size} in 0..1 -> map, score")
-    return True
-
+    write_program(Inference(restore(state, torch.device("cpu")), args), args)
 
 def bench(args, device):
-    """Table 6: parameters, multiply-adds, seconds per batch, peak memory and storage; beside the paper's for its settings."""
-    if needs_label(args):
+    """Table 6: parameters, multiply-adds, seconds per batch; training steps per second; beside the paper's for its settings."""
+    if needed_labels(vars(args), [], []):
         raise data.DataError("--bench: a variant that needs a label is not timed")
-    backbone = build_backbone(vars(args), "none")
-    model = build_model(vars(args), backbone, 15)
-    network = Inference(backbone, model, args.size, score_kind(args)).eval().to(device).requires_grad_(False)
-    parts = {"backbone": backbone, **dict(model.named_children()), "in all": network}
-    parameters = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
-    log(f"{args.backbone}, {args.size} x {args.size}, {torch.get_num_threads()} threads, device "
-        + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type))
-    same = (args.backbone, args.size) == (PAPER["backbone"], PAPER["size"])
-    paper = [" "] * 7 if not same else [f" (paper {x})" for x in (
-        ("6.27", "0.92", .032, .068, .089, .146, .2305) if args.uniad else ("9.44", "1.13", .026, .035, .057, .104, .194))]
-    log("parameters (M): " + ", ".join(f"{name} {value:.2f}" for name, value in parameters.items()) + paper[0])
-    for name, part in ("backbone", backbone), ("in all", network):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            part(torch.rand(1, 3, args.size, args.size, device=device))
-        log(f"multiply-adds, {name}: {counter.get_total_flops() / 2e9:.2f} G" + paper[1] * (name == "in all"))
-    for B, theirs in zip((1, 8, 16, 32, 64), paper[2:]):
-        image, times = torch.rand(B, 3, args.size, args.size, device=device), []
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with torch.no_grad():
-            for _ in range(6):
-                begin = time.perf_counter()
-                network(image)[1].cpu()
-                times.append(time.perf_counter() - begin)
-        memory = f", peak {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB" if device.type == "cuda" else ""
-        log(f"batch {B}: {sorted(times[1:])[2]:.4f} s{theirs}{memory}")
-    log(f"storage {sum(v.nbytes for v in network.state_dict().values()) / 2**20:.1f} MiB")
-    return True
+    model = build(vars(args), build_backbone(vars(args), "none"), [str(i) for i in range(15)]).to(device)
+    network, size = Inference(model, args), args.crop or args.size
+    theirs = [" "] * 7
+    if (args.backbone, size) == (PAPER["backbone"], PAPER["size"]):
+        theirs = ("6.27", "0.92", .032, .068, .089, .146, .2305) if args.uniad else (
+            "9.44", "1.13", .026, .035, .057, .104, .194)
+    log(f"{args.backbone}, {size} x {size}, {device_name(device)}; in brackets the paper's, on its GPU")
+    parts = {"in all": model, **dict(model.named_children())}
+    counts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}" for name, part in parts.items()]
+    log(f"parameters (M): {', '.join(counts)} ({theirs[0]})")
 
+    @torch.no_grad()
+    def look():
+        return network(image)[1].cpu()
 
-# --------------------------------------------------------------------------------------------- processes and logging
+    def step():
+        loss, _ = objective(model, model(f), label)
+        loss.backward()
+        return loss.item()
+
+    for B, seconds_of_paper in zip((1, 8, 16, 32, 64), theirs[2:]):
+        image = torch.rand(B, 3, size, size, device=device)
+        if B == 1:
+            with FlopCounterMode(display=False) as counter:
+                look()
+            log(f"multiply-adds: {counter.get_total_flops() / 2e9:.2f} G ({theirs[1]})")
+        log(f"batch {B}: {seconds(look):.4f} s ({seconds_of_paper})")
+    model.train()
+    f, label = torch.randn(args.batch_size, model.H * model.W, len(model.mean), device=device), None
+    label = torch.arange(args.batch_size, device=device) % 15
+    log(f"training, batch {args.batch_size}: {1 / seconds(step):.3f} forward and backward passes/s")
+    log(f"storage {sum(v.nbytes for v in model.state_dict().values()) / 2**20:.1f} MiB")
+
+def write_program(network, args):
+    size = args.crop or args.size
+    program = torch.export.export(network.eval(), (torch.rand(2, 3, size, size),),
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    with data.atomic(args.export) as temporary:
+        torch.export.save(program, temporary)
+    log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score")
+
+def seconds(function, repeats=5):
+    """Median time of function(), which must wait for the device; the first call is not counted."""
+    times = [time.perf_counter()]
+    for _ in range(repeats + 1):
+        function()
+        times.append(time.perf_counter())
+    return sorted(np.diff(times)[1:])[repeats // 2]
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+
+# ---------------------------------------------------------------- processes and logging
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-LOG = []  # the run's log.txt, on process 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+PROGRAM, LOG, LOCK = Path(__file__).stem, [], []  # open on process 0: the run's log.txt, the lock of its folder
 
-
-def start(args):
-    """Device of this process; joins the process group under torchrun."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(args.device or best)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    torch.zeros(1, device=device)
-    if WORLD > 1:  # the others may wait for hours while process 0 decodes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+def start(name):
+    """The device of this process; joins the process group under torchrun. Raises DataError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected cpu, cuda, cuda:N or mps")
+        if device.type == "cuda":
+            device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise data.DataError(f"--device {name}: not usable here ({str(error).splitlines()[0][:120]})") from None
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return device
 
-
-def barrier():
+def from_first(function, *args):
+    """function(*args) on process 0; its result is sent to all."""
+    box = [function(*args) if RANK == 0 else None]
     if WORLD > 1:
-        dist.barrier()
-
-
-def in_turn(function):
-    """function() on process 0 first, then on the others: downloads and caches are written once."""
-    result = function() if RANK == 0 else None
-    barrier()
-    return result if RANK == 0 else function()
-
+        dist.broadcast_object_list(box, 0)
+    return box[0]
 
 def total(x):
-    """Sum of a tensor over the processes, as a number."""
-    if WORLD > 1:
-        dist.all_reduce(x := x.clone())
-    return x.item()
+    """Sum of a tensor over the processes, without gradient."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
+def gather(x, everywhere=False):
+    """Rows RANK::WORLD of every process, as many each -> all rows, in order, on process 0 or everywhere; else None."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)] if RANK == 0 or everywhere else None
+    dist.all_gather(parts, x) if everywhere else dist.gather(x, parts)
+    return torch.stack(parts, 1).flatten(0, 1) if parts else None  # n x WORLD x .. -> N x ..
 
-def log(text, bar=None):
-    """A line to the screen (with a bar in a terminal: only the bar moves) and to log.txt, by process 0 alone."""
+def to_device(images, device):
+    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1; a GPU copies from pinned memory while it computes."""
+    images = torch.from_numpy(np.ascontiguousarray(images))
+    images = images.pin_memory() if device.type == "cuda" else images
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+
+def log(text):
+    """A line to the screen and to log.txt, by process 0 alone."""
     if RANK == 0:
-        if bar is None or bar.disable:
-            print(text, flush=True)
-        else:
-            bar.set_postfix_str(text.partition(": ")[2])
-        for path in LOG:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        text = text.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
+        tqdm.write(text)
+        for file in LOG:
+            print(text, file=file, flush=True)
 
+def progress(iterable, name, quiet=False):
+    """A bar in a terminal, nothing in a file."""
+    return tqdm(iterable, name, leave=False, disable=True if RANK or quiet else None, dynamic_ncols=True)
 
-def progress(iterable, name, off=False, **more):
-    return tqdm(iterable, name, leave=False, disable=True if RANK or off else None, dynamic_ncols=True, **more)
+# ---------------------------------------------------------------- the paper's published figures
 
+TABLES = {  # (set, unified?): first the columns, then the rows
+    ("mvtec", True): """ uniad:i_auroc mint:i_auroc uniad:p_aupr mint:p_aupr
+        bottle     .997 1.000 .655 .665   cable      .952 .935  .479 .405   capsule    .869 .955  .438 .475
+        hazelnut   .998 1.000 .554 .572   metal_nut  .992 .993  .549 .615   pill       .937 .958  .445 .527
+        screw      .875 .983  .296 .512   toothbrush .942 1.000 .373 .380   transistor .998 .998  .664 .652
+        zipper     .958 .991  .403 .583   carpet     .998 .999  .478 .556   grid       .982 1.000 .226 .340
+        leather   1.000 1.000 .331 .369   tile       .993 .992  .415 .417   wood       .986 .994  .372 .400
+        mean       .965 .986  .445 .498""",  # Tables 1, 10
+    ("mvtec", False): """ uniad:i_auroc mint:i_auroc
+        bottle    1.000 .992   cable     .976 .986   capsule    .853 .810   hazelnut   .999 1.000  metal_nut  .990 .971
+        pill       .883 .983   screw     .919 .978   toothbrush .950 .956   transistor 1.000 .999  zipper     .967 .996
+        carpet     .999 1.000  grid      .985 .999   leather   1.000 1.000  tile       .990 .990   wood       .979 .989
+        mean       .966 .977""",  # Table 1
+    ("visa", True): """ uniad:i_auroc mint:i_auroc uniad:p_aupr mint:p_aupr
+        cashew     .928 .882 .502 .286    chewinggum .996 .999 .604 .624    fryum      .898 .954 .476 .387
+        pipe_fryum .978 .982 .549 .471    candle     .969 .975 .212 .278    capsules   .721 .899 .513 .579
+        macaroni1  .918 .991 .088 .240    macaroni2  .856 .901 .039 .158    pcb1       .957 .965 .674 .782
+        pcb2       .934 .964 .089 .277    pcb3       .894 .980 .149 .340    pcb4       .994 .988 .365 .304
+        mean       .920 .957 .355 .394""",  # Table 2
+    ("cifar10", True): """ uniad:i_auroc mint:i_auroc
+        01234      .844 .867   56789     .809 .833   02468      .930 .936   13579      .906 .926""",  # Table 7
+}
+# Tables 4, 5: the flags that differ from MINT-AD's defaults, I-AUROC and P-AUPR of the mean, MVTec AD unified.
+VARIANTS = {
+    "uniad query=pool": (.976, .470),
+    "uniad query=token": (.979, .470),
+    "uniad query=text": (.977, .463),
+    "prompt=image": (.978, .465),
+    "prompt=label": (.980, .472),
+    "query=mlp": (.980, .498),
+    "query=learned no-adapter no-cls-loss no-prior-loss": (.971, .447),
+    "query=learned no-cls-loss no-prior-loss": (.975, .445),
+    "query=learned no-prior-loss": (.977, .465),
+    "no-prior-loss": (.981, .477),
+    "query=learned": (.983, .502),
+}
+BACKBONES = """ resnet18.tv_in1k resnet34.tv_in1k resnet50.tv_in1k resnet101.tv_in1k tf_efficientnet_b0.aa_in1k
+    tf_efficientnet_b2.aa_in1k tf_efficientnet_b6.aa_in1k"""
+TABLE_8 = dict(zip(BACKBONES.split(), (.931, .927, .943, .931, .983, .964, .985)))
 
-# --------------------------------------------------------------------------------------------------- command line
+def variant(args):
+    """The flags of Tables 4 and 5 that differ from the defaults, in one line."""
+    flags = ["uniad"] if args.uniad else []
+    if args.query != ("layerwise" if args.uniad else "inr"):
+        flags.append(f"query={args.query}")
+    if args.prompt != "feature":
+        return " ".join([*flags, f"prompt={args.prompt}"])  # which has no classifier anyway
+    off = [name for name in ("adapter", "cls_loss", "prior_loss") if not getattr(args, name) and args.query != "mlp"]
+    return " ".join([*flags, *(f"no-{name.replace('_', '-')}" for name in off)])
 
+def paper_figures(args, found):
+    """{row: {metric: the paper's figure}} for this set, setting, variant and backbone, {} if it gives none.
 
-def number(kind, low, high=math.inf):
-    """argparse type: an int or float in low..high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole number' if kind is int else 'a number'} "
-                                             + (f"from {low} to {high}" if high < math.inf else f"of {low} or more"))
-        return value
-    return parse
+    found: the rows of our result. A mean, and anything of a unified model, compares only over all of the paper's classes.
+    """
+    rows, flags = read_table(TABLES.get((args.data, args.unified), "none")), variant(args)
+    complete = set(rows) - {"mean"} <= set(found)
+    if not rows or args.size != PAPER["size"] or args.crop or args.literal or (
+            args.unified and args.data != "cifar10" and not complete):
+        return {}
+    if args.backbone == PAPER["backbone"] and flags in ("", "uniad"):
+        method = "uniad:" if args.uniad else "mint:"
+        return {row: {column.removeprefix(method): x for column, x in rows[row].items() if column.startswith(method)}
+                for row in rows if row in found or row == "mean" and complete}
+    mean = {}
+    if (args.data, args.unified) == ("mvtec", True):
+        if args.backbone == PAPER["backbone"]:
+            mean = dict(zip(("i_auroc", "p_aupr"), VARIANTS.get(flags, ())))
+        elif flags == "" and args.backbone in TABLE_8:
+            mean = {"i_auroc": TABLE_8[args.backbone]}
+    return {"mean": mean} if mean else {}
 
+def read_table(text):
+    """{row: {column: figure}} of one of the tables above: first the columns, then each row's name and its figures."""
+    head, *lines = text.strip().splitlines()
+    columns, words, rows = head.split(), iter(" ".join(lines).split()), {}
+    for row in words:
+        rows[row] = {column: float(next(words)) for column in columns}
+    return rows
+
+# ---------------------------------------------------------------- command line
+
+RANGES = dict(size=(64, 2**14), crop=(64, 2**14), holdout=(0, 0.9), workers=(1, 1024), epochs=(1, 10**6),
+              batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1), seed=(0, 2**31 - 1),
+              p_hard=(0, 1), p_lim=(0, 1))
+
+def show(settings):
+    return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in settings.items() if value is not None)
+
+def new_parser(description, defaults):
+    """The flags that both scripts have. A setting's default is None: the preset or the checkpoint fills it in."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog="Commands: the header of this file. Defaults: " + defaults,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118))
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="NAME[+NAME..]", help=f"{' '.join(data.NAMES)} (default toy)")
+    add("--root", metavar="DIR", help="where the data lies (default data/NAME)")
+    add("--classes", nargs="+", metavar="A", help="a subset of the classes")
+    add("--normals", help="cifar10: the five normal classes (default 01234)")
+    add("--unified", action=argparse.BooleanOptionalAction, help="one model for all classes (default: one per class)")
+    add("--size", type=int, help="images are resized to size x size pixels")
+    add("--crop", type=int, help="then the centre crop x crop is taken")
+    add("--holdout", type=float, metavar="SHARE", help="training images kept for --predict's threshold (folder, toy: 0.1)")
+    add("--cache", default="cache", metavar="DIR|none", help="decoded images (default cache)")
+    add("--workers", type=int, help="decoding processes (default: all cores)")
+    add = parser.add_argument_group("training").add_argument
+    add("--backbone", metavar="NAME", help="any timm CNN; minimaxad.py: also unireplknet_a, _f, _p, _n, _t")
+    add("--weights", metavar="FILE|none", help="its checkpoint (default: timm's download); none: untrained")
+    add("--epochs", type=int)
+    add("--batch-size", type=int, help="global: split over the processes")
+    add("--lr", type=float, help="learning rate")
+    add("--weight-decay", type=float)
+    add("--seed", type=int, nargs="+", metavar="S", help="several: mean and deviation (default 1)")
+    add("--amp", action="store_const", const=True, help="train in bfloat16; evaluation is in full precision")
+    add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help="an empty folder for results (default runs/SCRIPT-SET-SETTING)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--eval", metavar="CKPT", help="evaluate a checkpoint, or all of a run's folder")
+    add("--predict", nargs="+", metavar="PATH", help="with --eval: files, folders or globs to judge")
+    add("--quantile", type=float, default=0.99, help="threshold: quantile of normal scores (default 0.99)")
+    add("--export", metavar="FILE", help="with --eval: write the network as a torch.export program (.pt2)")
+    add("--save-maps", action="store_true", help="pictures of all test images and a sheet per class")
+    add("--bench", action="store_true", help="speed and cost, no data needed")
+    return parser
+
+def check(parser, args):
+    """Ends with one line where a value is out of range or flags do not go together."""
+    for key, (low, high) in RANGES.items():
+        values = getattr(args, key, None)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value <= high:
+                parser.error(f"--{key.replace('_', '-')} {value}: expected {low} to {high}")
+    uses = [f"--{key.replace('_', '-')}" for key in ("predict", "export", "save_maps", "bench") if getattr(args, key)]
+    if len(uses) > 1:
+        parser.error(f"{uses[0]} and {uses[1]}: one at a time")
+    if (args.predict or args.export) and not args.eval or args.bench and args.eval:
+        parser.error(f"{uses[0]} needs --eval CKPT" if not args.bench else "--bench goes without --eval")
+    free = ("classes",) if args.predict else ("score",)  # the rest is the checkpoint's
+    typed = [key for key in (*SETTINGS, "seed") if getattr(args, key) is not None and key not in free]
+    if args.eval and (typed or args.resume):
+        parser.error(f"--{(typed or ['resume'])[0].replace('_', '-')} does not go with --eval: the checkpoint says it")
+    if args.crop and args.size and args.crop > args.size:
+        parser.error(f"--crop {args.crop} is larger than --size {args.size}")
+    if args.export:
+        path = Path(args.export).absolute()
+        if path.suffix != ".pt2" or not path.parent.is_dir() or path.exists():
+            parser.error(f"--export {args.export}: expected a new file that ends in .pt2, in a folder that exists")
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description="MINT-AD (arXiv 2403.14213): train, evaluate, predict.", epilog="The header of this file has commands.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", default="toy", metavar="NAME[+NAME..]", help=f"{' '.join(data.NAMES)} (default toy)")
-    group.add_argument("--root", metavar="DIR", help="where the data lies (default data/NAME)")
-    group.add_argument("--classes", nargs="+", metavar="A", help="a subset of the classes")
-    group.add_argument("--normals", default="01234", help="cifar10: the five normal classes (default 01234)")
-    group.add_argument("--unified", action=argparse.BooleanOptionalAction, help="one model for all classes (default: one per class)")
-    group.add_argument("--holdout", type=number(float, 0, 0.9), metavar="SHARE",
-                       help="share of the training images kept for --predict's threshold (default: folder, toy 0.1, else 0)")
-    group.add_argument("--cache", default="cache", metavar="DIR|none", help="decoded images (default cache)")
-    group.add_argument("--workers", type=number(int, 1), help="decoding processes (default: all cores)")
-
-    group = parser.add_argument_group("training", "defaults: the paper's preset " + show(PAPER) + "".join(
-        f"; {name}: {show(preset)}" for name, preset in PRESETS.items()))
-    group.add_argument("--backbone", metavar="NAME", help="any timm name with features_only")
-    group.add_argument("--weights", metavar="FILE|none", help="local checkpoint (default: timm's download); none: untrained")
-    group.add_argument("--size", type=number(int, 32), help="image height and width in pixels")
-    group.add_argument("--epochs", type=number(int, 1))
-    group.add_argument("--batch-size", type=number(int, 1), help="global: split over the processes")
-    group.add_argument("--lr", type=number(float, 0), help="x 0.1 after 80 %% of the steps; above 1e-4 warmed up to, 1e-4 each 100 steps")
-    group.add_argument("--weight-decay", type=number(float, 0))
-    group.add_argument("--seed", type=number(int, 0), nargs="+", default=[1], metavar="S", help="several: mean and deviation")
-    group.add_argument("--amp", action="store_true", help="train in bfloat16; evaluation is always in float32")
-    group.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-
-    group = parser.add_argument_group("variants", "Tables 4, 5, 9 and the UniAD baseline")
-    group.add_argument("--query", choices=("inr", "mlp", "learned", "layerwise", "pool", "token", "text"),
-                       help="decoder query: inr (default), mlp, learned; with --uniad layerwise (default), pool, token, text")
-    group.add_argument("--prompt", choices=tuple(PROMPTS), default="feature", help="source of the class token z (default feature)")
-    group.add_argument("--no-adapter", dest="adapter", action="store_false", help="f' = f, standardised")
-    group.add_argument("--no-cls-loss", dest="cls_loss", action="store_false", help="without Eq. 1")
-    group.add_argument("--no-prior-loss", dest="prior_loss", action="store_false", help="without Eq. 4")
-    group.add_argument("--uniad", action="store_true", help="the UniAD baseline, whole")
-    group.add_argument("--text", metavar="FILE", help="--query text: safetensors, a row of text embedding per class name")
-
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="DIR", help="results (default runs/mintad-SET-SETTING, numbered)")
-    group.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the last default one")
-    group.add_argument("--eval", metavar="CKPT", help="evaluate a checkpoint, or all of a run's folder, instead of training")
-    group.add_argument("--predict", nargs="+", metavar="PATH", help="with --eval: files, folders or globs to judge")
-    group.add_argument("--quantile", type=number(float, 0, 1), default=0.99,
-                       help="--predict: the threshold is this quantile of normal scores (default 0.99)")
-    group.add_argument("--export", metavar="FILE", help="with --eval: write the network as a torch.export program (.pt2)")
-    group.add_argument("--save-maps", action="store_true", help="pictures of all test images, a sheet per class, the queries (Fig. 4c)")
-    group.add_argument("--save-tiff", action="store_true", help="float maps at image size, as MVTec's evaluation reads them")
-    group.add_argument("--bench", action="store_true", help="cost of the network (Table 6), no data needed")
-
+    """The arguments; what the user left out comes from the preset, or with --eval later from the checkpoint."""
+    parser = new_parser("MINT-AD (arXiv 2403.14213): train, evaluate, predict.", f"{show(PAPER)}; toy: {show(TOY)}")
+    add = parser.add_argument_group("MINT-AD").add_argument
+    add("--optimizer", choices=("adamw", "muon"), help="muon, for the transformer's matrices, learns faster (default adamw)")
+    add("--query", choices=("inr", "mlp", "learned", "layerwise", "pool", "token", "text"),
+        help="inr (default), mlp, learned; with --uniad layerwise (default), pool, token, text")
+    add("--prompt", choices=("feature", "label", "image"), help="source of the class token z (default feature)")
+    add("--no-adapter", dest="adapter", action="store_const", const=False, help="f' = f, standardised")
+    add("--no-cls-loss", dest="cls_loss", action="store_const", const=False, help="without Eq. 1")
+    add("--no-prior-loss", dest="prior_loss", action="store_const", const=False, help="without Eq. 4")
+    add("--literal", action="store_const", const=True, help="Eq. 4 and 5 as printed, without the determinants")
+    add("--uniad", action="store_const", const=True, help="the UniAD baseline, whole")
+    add("--text", metavar="FILE", help="--query text: safetensors, a row of text embedding per class name")
     args = parser.parse_args(argv)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    args.typed = sorted(vars(parser.parse_args(argv)))
-    clash = [key for key in args.typed if key in (*SETTINGS, "seed", "resume") and (key != "classes" or not args.predict)]
-    if args.eval and clash:
-        flag = next(a.option_strings[0] for a in parser._actions if a.dest == clash[0])
-        parser.error(f"{flag} does not go with --eval: the checkpoint says it")
-    args.seed = sorted(set(args.seed))
-    if (args.predict or args.export) and not args.eval:
-        parser.error("--predict and --export need --eval CKPT")
-    if sum(map(bool, (args.predict, args.export, args.save_maps or args.save_tiff))) > 1:
-        parser.error("--predict, --export and --save-maps or --save-tiff are one at a time")
+    check(parser, args)
+    if args.eval:
+        return args
+    if args.uniad:
+        for key in ("prompt", "adapter", "cls_loss", "prior_loss", "literal"):
+            if getattr(args, key) is not None:
+                parser.error(f"{'--' if key in ('prompt', 'literal') else '--no-'}{key.replace('_', '-')} does not go with --uniad")
+    name = args.data or "toy"
+    preset = PAPER | {"root": str(Path("data", "" if "+" in name else name))}
+    preset |= TOY if name == "toy" and not args.bench else {"holdout": 0.1} if name == "folder" else {}
+    preset["query"] = "layerwise" if args.uniad else "inr"
+    if args.backbone:
+        preset["weights"] = None
+    for key, value in preset.items():
+        if getattr(args, key) is None:  # what the user typed wins
+            setattr(args, key, value)
     allowed = ("layerwise", "pool", "token", "text") if args.uniad else ("inr", "mlp", "learned")
-    args.query = args.query or allowed[0]
-    ignored = [flag for flag, typed in (("--prompt", args.prompt != "feature"), ("--no-adapter", not args.adapter),
-                                        ("--no-cls-loss", not args.cls_loss), ("--no-prior-loss", not args.prior_loss)) if typed]
-    if args.uniad and ignored:
-        parser.error(f"{ignored[0]} does not go with --uniad")
     if args.query not in allowed:
         parser.error(f"--query {args.query}: {'with' if args.uniad else 'without'} --uniad choose from {', '.join(allowed)}")
     if args.query == "learned" and not args.prior_loss and args.prompt != "feature":
         parser.error(f"--prompt {args.prompt}: nothing uses the class token with --query learned --no-prior-loss")
     if (args.query == "text") != bool(args.text):
         parser.error("--query text and --text FILE go together")
-    preset = {**PAPER, **({} if args.bench else PRESETS.get(args.data, {}))}
-    if args.backbone:
-        preset.pop("weights", None)
-    for key, value in {"weights": None, "unified": False, "holdout": 0.1 if args.data in ("toy", "folder") else 0.0, **preset}.items():
-        if getattr(args, key) is None:  # what the user typed wins
-            setattr(args, key, value)
-    args.unified |= args.data == "cifar10"  # UniAD's protocol has no other setting
+    if name == "cifar10" and (args.prompt == "label" or args.query in ("pool", "token", "text")):
+        parser.error("--data cifar10: this variant needs the class of every test image, which anomalies there have not")
+    args.unified |= name == "cifar10"  # UniAD's protocol has no other setting
     args.cls_loss &= args.prompt == "feature"  # no classifier, no Eq. 1
     args.prior_loss &= args.query != "mlp"  # Sec. 0.B.6
     return args
 
-
-def show(preset):
-    return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in preset.items())
-
+def run(argv):
+    """Parse, then one of train, evaluate, predict, export, bench. Returns the exit status."""
+    with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):
+        args = parse(argv)
+    device = start(args.device)
+    if args.bench:
+        bench(args, device)
+    elif args.predict:
+        return 0 if predict(args, device) else 1
+    elif args.export:
+        export(args)
+    elif args.eval:
+        eval_run(args, device)
+    else:
+        train_run(args, device)
+    return 0
 
 def main(argv=None):
+    """Exit status 0; 1: an image could not be judged, or another process died; 2: one line says why; 130: interrupted."""
+    code, line = 0, None
     try:
-        ok = run(parse(argv))
+        code = run(argv)
     except (data.DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    sys.exit(0 if ok in (None, True) else 1)
-
+        code, line = 2, f"error: {error}"
+        time.sleep(10 if RANK else 0)  # process 0 mostly has the same error, and torchrun then ends this process
+        if WORLD > 1:
+            ErrorHandler().record_exception(error)  # torchrun's last lines then tell it
+    except KeyboardInterrupt:
+        code, line = 130, None if RANK else "interrupted"
+    except RuntimeError as error:
+        if not dist.is_initialized() or "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        code, line = 1, f"process {RANK} stops, because another process has ended"
+    if line:
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    if dist.is_initialized() and code == 0:
+        dist.destroy_process_group()
+    for file in (*LOG, *LOCK):
+        file.close()
+    LOG.clear(), LOCK.clear()
+    sys.exit(code)
 
 if __name__ == "__main__":
     main()

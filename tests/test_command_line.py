@@ -1,9 +1,11 @@
 """Both scripts as a user runs them: the same words, the same files. Tiny models on the toy set, on a CPU."""
+import argparse
 import contextlib
 import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +48,6 @@ def command(script, *args, processes=0):
 def inside(script, *args):
     """The same in this process, which saves the seconds that importing torch takes."""
     out, err = io.StringIO(), io.StringIO()
-    SCRIPTS[script].LOG.clear()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
         SCRIPTS[script].main(list(map(str, args)))
     return subprocess.CompletedProcess(args, end.value.code, out.getvalue(), err.getvalue())
@@ -75,18 +76,15 @@ def test_files_of_a_run(run):
     assert all(set(row) == {"i_auroc", "p_auroc", "p_aupr", "aupro"} for row in result["classes"].values())
     log = (run / "log.txt").read_text()
     assert "epoch 3/3: " in log and "untrained" in log
-    assert {p.name for p in run.iterdir()} == {"args.json", "log.txt", "metrics.json", "seed1.pt"}
+    assert {p.name for p in run.iterdir() if p.name[0] != "."} == {"args.json", "log.txt", "metrics.json", "seed1.pt"}
 
 
 def test_eval_reproduces_to_the_last_digit(script, run, tmp_path):
-    succeed(command(script, "--eval", run, "--out", tmp_path / "e", "--save-maps", "--save-tiff"))
+    succeed(command(script, "--eval", run, "--out", tmp_path / "e", "--save-maps"))
     assert (tmp_path / "e/metrics.json").read_bytes() == (run / "metrics.json").read_bytes()
     assert len(list((tmp_path / "e/maps/seed1/pill").glob("*.png"))) == 22
     assert (tmp_path / "e/maps/seed1/pill.png").exists()
     assert (tmp_path / "e/maps/seed1-queries.png").exists() == (script == "mintad")
-    tiffs = list((tmp_path / "e/tiff/seed1/pill/test").glob("*/*.tiff"))
-    with Image.open(tiffs[0]) as tiff:
-        assert len(tiffs) == 22 and tiff.mode == "F" and tiff.size == (128, 128)
 
 
 def test_resume_after_kills_is_bit_identical(script, run, tmp_path):
@@ -102,14 +100,14 @@ def test_resume_after_kills_is_bit_identical(script, run, tmp_path):
         process.wait()
     assert not (out / "metrics.json").exists()
     succeed(command(script, *toy(script), "--out", out, "--resume"))
-    assert not list(out.glob(".tmp*"))  # what the killed processes were writing
+    assert not list(out.glob(".partial*"))  # what the killed processes were writing
     a, b = (torch.load(x / "seed1.pt", weights_only=True) for x in (run, out))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert (run / "metrics.json").read_bytes() == (out / "metrics.json").read_bytes()
 
 
 def test_two_processes(script, tmp_path):
-    """Under torchrun; 25 images: the last batch of 8 has one, which MINT-AD gives to one process and MiniMaxAD leaves out."""
+    """Under torchrun; 25 images: the last batch of 8 has one, the other process none."""
     result = succeed(command(script, *toy(script), "--out", tmp_path / "two", processes=2))
     assert result.stdout.count("epoch 3/3") == 1  # the others are quiet
     assert json.loads((tmp_path / "two/metrics.json").read_text())["mean"]["i_auroc"] is not None
@@ -131,7 +129,9 @@ def test_seeds_and_separate_models(script, tmp_path):
 @pytest.mark.parametrize("args, said", [
     (["--data", "mvtecc"], "mvtec"), (["--data", "mvtec", "--root", "/nowhere"], "/nowhere"), (["--classes", "pil"], "pill"),
     (["--epochs", "0"], "--epochs"), (["--weights", "/nowhere.pt"], "/nowhere.pt"), (["--eval", "/nowhere.pt"], "/nowhere.pt"),
-    (["--predict", "x.png"], "--eval"), (["--seed", "x"], "--seed"), (["--device", "cuda:99"], "--device"),
+    (["--predict", "x.png"], "--eval"), (["--seed", "x"], "--seed"), (["--device", "cuda:99"], "--device"), (["--device", "meta"], "--device meta"),
+    (["--seed", "20250101123456"], "--seed 20250101123456"), (["--size", "32"], "--size 32"), (["--lr", "nan"], "--lr nan"),
+    (["--backbone", "vit_tiny_patch16_224", "--weights", "none"], "vit_tiny"), (["--bench", "--eval", "x"], "--bench"),
     (["--backbone", "nonsense", "--weights", "none"], "nonsense"), (["--eval", __file__], "not a readable checkpoint")],
     ids=str)
 def test_bad_input_is_one_line(script, args, said, tmp_path):
@@ -186,10 +186,126 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_arguments(script, run):
     assert result.returncode == 2 and "lr = 0.00" in result.stderr and "not 0.5" in result.stderr
 
 
+PARTS = ["--data", "folder", "--root", "parts", "--size", "64", "--weights", "none", "--epochs", "1", "--batch-size", "4",
+         "--cache", "none"]
+
+
+@pytest.fixture
+def parts(script, tmp_path, monkeypatch):
+    """A user's folder parts/pill: the toy class saved as files; and the flags of a run on it."""
+    monkeypatch.chdir(tmp_path)
+    dataset = data.load("toy", classes=["pill"], log=str)
+    for sample in [*dataset.train[:10], *dataset.test[:16]]:
+        _, split, defect, name = sample.image.split("/")
+        folder = tmp_path / "parts/pill" / split / defect
+        folder.mkdir(parents=True, exist_ok=True)
+        data.read_image(sample.image).save(folder / f"{name}.png")
+        if sample.label:
+            folder = tmp_path / "parts/pill/ground_truth" / defect
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.read_mask(sample.image)).save(folder / f"{name}_mask.png")
+    return [*PARTS, "--backbone", BACKBONE[script]]
+
+
+def test_eval_uses_no_stored_result(script, parts):
+    succeed(inside(script, *parts, "--out", "run"))
+    os.rename("parts/pill/test", "away")
+    result = inside(script, "--eval", "run")
+    assert result.returncode == 2 and "no test images" in result.stderr and "I-AUROC" not in result.stdout
+
+
+def test_resume_evaluates_anew_and_refuses_other_images(script, parts):
+    os.rename("parts/pill/ground_truth", "masks")
+    before = succeed(inside(script, *parts, "--out", "run"))
+    assert "pill: no pixel metrics" in before.stdout
+    os.rename("masks", "parts/pill/ground_truth")
+    after = succeed(inside(script, *parts, "--out", "run", "--resume"))
+    assert json.load(open("run/metrics.json"))["mean"]["aupro"] is not None and "epoch" not in after.stdout.split("done")[1]
+    shutil.copy("parts/pill/train/good/003.png", "parts/pill/train/good/0031.png")
+    result = inside(script, *parts, "--out", "run", "--resume")
+    assert result.returncode == 2 and "other images" in result.stderr and ".png" in result.stderr
+
+
+def test_checkpoints_of_different_settings_are_not_averaged(script, parts):
+    succeed(inside(script, *parts, "--out", "a"))
+    succeed(inside(script, *parts, "--out", "b", "--seed", 2, "--lr", "0.002"))
+    shutil.copy("b/seed2-pill.pt", "a")
+    result = inside(script, "--eval", "a")
+    assert result.returncode == 2 and "seed2-pill.pt was made with lr = 0.002" in result.stderr
+
+
+def test_an_untrained_class_is_named_and_stays_out(script, parts):
+    succeed(inside(script, *parts, "--unified", "--out", "run"))
+    shutil.copytree("parts/pill", "parts/nut")
+    result = succeed(inside(script, "--eval", "run"))
+    assert "class 'nut' was not trained" in result.stdout
+    assert set(json.load(open("run/eval/metrics.json"))["classes"]) == {"pill"}
+
+
+def test_no_file_of_the_user_is_lost(script, parts):
+    os.makedirs("mine")
+    for name in ("notes.txt", ".tmp1-letter.txt", "seed1-pill.pt"):
+        open(f"mine/{name}", "w").write("mine")
+    before = succeed(inside(script, *parts, "--out", "run"))
+    photos = "parts/pill/test/good"
+    kept = {name: open(f"{photos}/{name}", "rb").read() for name in os.listdir(photos)}
+    for flags in (*parts, "--out", "mine"), ("--eval", "run", "--out", "mine"), \
+            ("--eval", "run", "--predict", photos, "--out", photos), (*parts, "--out", photos):
+        result = inside(script, *flags)
+        assert result.returncode == 2 and "did not write" in result.stderr
+    assert sorted(os.listdir("mine")) == [".tmp1-letter.txt", "notes.txt", "seed1-pill.pt"]
+    assert kept == {name: open(f"{photos}/{name}", "rb").read() for name in os.listdir(photos)}
+    open("run/.tmp1-letter.txt", "w").write("mine")
+    succeed(inside(script, *parts, "--out", "run", "--resume"))
+    assert open("run/.tmp1-letter.txt").read() == "mine" and before.returncode == 0
+
+
+def test_a_folder_is_one_runs(script, parts):
+    first = subprocess.Popen([sys.executable, SCRIPTS[script].__file__, *parts, "--epochs", "1000", "--out", "run"],
+                             stdout=subprocess.PIPE, env=ENVIRONMENT, text=True)
+    while "epoch 1/" not in first.stdout.readline():
+        assert first.poll() is None
+    result = inside(script, *parts, "--epochs", "1000", "--out", "run", "--resume")
+    first.kill()
+    first.communicate()
+    assert result.returncode == 2 and "another run" in result.stderr
+
+
+def test_odd_photos(script, parts):
+    """A name that is not UTF-8, a broken file, a strip, one name with two suffixes: rows come as they are judged."""
+    succeed(inside(script, *parts, "--out", "run"))
+    os.makedirs("photos")
+    image = Image.open("parts/pill/test/good/000.png")
+    for name in (b"caf\xe9.png", b"a.png", b"a.jpg", b"n" * 250 + b".png"):
+        image.save(os.fsdecode(b"photos/" + name))
+    image.resize((3000, 10)).save("photos/strip.png")
+    open("photos/broken.png", "w").write("no image")
+    result = inside(script, "--eval", "run/seed1-pill.pt", "--predict", "photos", "--out", "p")
+    assert result.returncode == 1 and "broken.png" in result.stdout
+    rows = list(csv.DictReader(open("p/predictions.csv", encoding="utf-8", errors="surrogateescape")))
+    assert len(rows) == 6 and len({row["picture"] for row in rows if row["picture"]}) == 5
+    assert os.fsdecode(b"photos/caf\xe9.png") in {row["file"] for row in rows}
+    for picture in os.listdir("p"):
+        if picture.endswith(".png"):
+            assert max(Image.open(f"p/{picture}").size) < 2500
+    again = inside(script, "--eval", "run/seed1-pill.pt", "--predict", "photos/a.png", "p", "--out", "p")
+    assert again.returncode == 2 and "no image at p" in again.stderr  # our own pictures are not judged
+    succeed(inside(script, "--eval", "run/seed1-pill.pt", "--predict", "photos/a.png", "--out", "p"))
+    assert [name for name in os.listdir("p") if name.endswith(".png")] == ["a.png"]
+
+
+def test_export_wants_a_new_file(script, run, tmp_path):
+    (tmp_path / "old.pt2").write_text("mine")
+    for name in ("nowhere/x.pt2", "x", "old.pt2"):
+        result = inside(script, "--eval", run, "--export", tmp_path / name)
+        assert result.returncode == 2 and "--export" in result.stderr
+    assert (tmp_path / "old.pt2").read_text() == "mine"
+
+
 def test_predict(script, run, tmp_path):
     folder = tmp_path / "photos \u00e4"
     folder.mkdir()
-    for sample in data.load("toy", classes=["pill"]).test[:12]:
+    for sample in data.load("toy", classes=["pill"], log=str).test[:12]:
         image = data.read_image(sample.image)
         image.resize((300, 200)).convert("L").save(folder / f"{sample.image.split('/')[-2]} {sample.image.split('/')[-1]}.png")
     (folder / "broken.png").write_bytes(b"no image")
@@ -205,12 +321,11 @@ def test_predict(script, run, tmp_path):
 
 
 def test_export_loads_without_the_project(script, run, tmp_path):
-    succeed(inside(script, "--eval", run, "--export", tmp_path / "net.pt2", "--out", tmp_path / "x"))
+    succeed(inside(script, "--eval", run, "--export", tmp_path / "net.pt2"))
     state = torch.load(run / "seed1.pt", weights_only=True)
-    if script == "mintad":
-        eager = mintad.Inference(*mintad.restore(state, torch.device("cpu")), 64, "max")
-    else:
-        eager = minimaxad.restore(state, torch.device("cpu"))
+    model = SCRIPTS[script].restore(state, torch.device("cpu"))
+    settings = argparse.Namespace(**state["settings"])
+    eager = mintad.Inference(model, settings) if script == "mintad" else minimaxad.Inference(model, 64, "max")
     torch.save(images := torch.rand(8, 3, 64, 64), tmp_path / "images.pt")
     subprocess.run([sys.executable, "-c", "import torch; p = torch.export.load('net.pt2').module(); "
                     "x = torch.load('images.pt'); torch.save([p(x), p(x[:1])], 'out.pt')"], cwd=tmp_path, check=True)
@@ -222,15 +337,15 @@ def test_export_loads_without_the_project(script, run, tmp_path):
 
 def test_bench(script):
     result = succeed(inside(script, "--bench", "--backbone", BACKBONE[script], "--size", 64))
-    assert "storage" in result.stdout and "device cpu" in result.stdout
+    assert "storage" in result.stdout and "training" in result.stdout and "cpu" in result.stdout
 
 
 @pytest.mark.parametrize("name", ("aebad", "cifar10", "mvtec+btad"))
-def test_sets_of_special_evaluation(script, name, tmp_path):
+def test_sets_of_special_evaluation(script, name, tmp_path, monkeypatch):
     """Rows of the table that are not classes: AeBAD's domains, CIFAR-10's split; and joined sets, with an empty mask."""
     for part in name.split("+"):
         (tmp_path / part).mkdir()
-        getattr(trees, part)(tmp_path / part)
+        getattr(trees, part)(tmp_path / part, *([monkeypatch] if part == "cifar10" else []))
     root = tmp_path if "+" in name else tmp_path / name
     succeed(inside(script, *tiny(script), "--unified", "--epochs", 1, "--data", name, "--root", root,
                    "--cache", tmp_path / "cache", "--out", tmp_path / "out"))

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,10 +143,27 @@ def test_many_pixels_in_float32():
     maps = rng.random((4, 64, 64), dtype=np.float32)
     masks = np.zeros(maps.shape, bool)
     masks[1:, 10:30, 10:30] = True
+    masks[2:, 40:50, 5:60] = True
     maps[masks] += np.float32(0.3)
+    labels, scores = masks.ravel(), maps.ravel()
     got = metrics.pixel_metrics(maps, masks)
-    assert got["p_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
-    assert got["p_aupr"] == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-9)
+    assert got["p_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+    assert got["p_aupr"] == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
+    weights = np.ones(len(labels))  # AUPRO is the area below a weighted ROC curve
+    weights[labels] = metrics.region_weights(masks)[0]
+    for limit in LIMITS:
+        area = roc_auc_score(labels, scores, sample_weight=weights, max_fpr=limit)
+        least = limit / 2  # scikit-learn scales the part of the area so that chance is 0.5 (McClish)
+        area = area if limit == 1 else least + (2 * area - 1) * (1 - least)
+        assert metrics.pixel_metrics(maps, masks, limit)["aupro"] == pytest.approx(area, abs=1e-9)
+
+
+def test_the_benchmark_compares_with_scikit_learn():
+    result = subprocess.run([sys.executable, metrics.__file__, "5"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = re.fullmatch(r"5 maps of 224 x 224: [\d.]+ s, peak memory [\d.]+ GB; scikit-learn's AUROC and AP take "
+                         r"([\d.]+) times as long; largest difference (.*)\n", result.stdout)
+    assert float(found[1]) > 1 and float(found[2]) < 1e-12
 
 
 @pytest.mark.parametrize("masks", [np.zeros((2, 3, 3), bool), np.ones((2, 3, 3), bool), np.zeros((0, 3, 3), bool)])
@@ -159,7 +179,7 @@ def test_the_limit_must_lie_in_0_1(limit):
 
 
 def test_maps_and_masks_must_agree():
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(IndexError, match="did not match"):
         metrics.pixel_metrics(np.ones((1, 2, 2)), np.ones((1, 2, 3), bool))
 
 
@@ -223,6 +243,42 @@ def test_without_maps_or_without_masks_only_the_images_count():
     for result in metrics.evaluate(samples, scores, None, None), metrics.evaluate(samples, scores, maps, None):
         assert result["mean"]["i_auroc"] == metrics.evaluate(*little_set())["mean"]["i_auroc"]
         assert all(math.isnan(result["mean"][key]) for key in ("p_auroc", "p_aupr", "aupro"))
+
+
+def reasons(change=lambda samples, masks: None, maps=True):
+    samples, scores, _, masks = little_set()
+    change(samples, masks)
+    lines = []
+    metrics.evaluate(samples, scores, little_set()[2] if maps else None, masks, lines.append)
+    return lines
+
+
+def test_every_undefined_metric_has_its_reason():
+    def relabel(label):
+        def change(samples, masks):  # row a has this label only
+            samples[1::2] = [sample(i, label, "a") for i in range(1, 16, 2)]
+            if not label:
+                masks[1::2] = False
+        return change
+
+    def lose_masks(samples, masks):
+        samples[3], samples[7] = samples[3]._replace(mask=None), samples[7]._replace(mask=None)
+
+    def empty(samples, masks):
+        masks[1::2] = False
+
+    def fill(samples, masks):
+        masks[1::2] = True
+
+    assert reasons() == []
+    assert reasons(relabel(0)) == ["a: no I-AUROC: no defective test images",
+                                   "a: no pixel metrics: no defective test images"]
+    assert reasons(relabel(1)) == ["a: no I-AUROC: no good test images"]
+    assert reasons(lose_masks) == ["a: no pixel metrics: 2 of 4 defective images have no mask, "
+                                   "for example root/a/test/crack/003.png"]
+    assert reasons(empty) == ["a: no pixel metrics: all masks are empty"]
+    assert reasons(fill) == ["a: no pixel metrics: the masks leave no normal pixels"]
+    assert reasons(maps=False) == [f"{row}: no pixel metrics: no masks were read" for row in "ba"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -379,19 +435,6 @@ def test_overlay_is_calm_at_low_and_shows_the_image():
     assert lightness(loud).mean() > lightness(calm).mean() + 20
 
 
-def test_outline():
-    mask = np.zeros((7, 9), bool)
-    mask[1:5, 2:7] = True
-    want = mask.copy()
-    want[2:4, 3:6] = False
-    assert np.array_equal(metrics.outline(mask), want)
-    single = np.zeros((3, 3), bool)
-    single[1, 1] = True
-    assert np.array_equal(metrics.outline(single), single)
-    assert metrics.outline(np.ones((4, 4), np.uint8)).sum() == 12  # the border of the image closes it
-    assert not metrics.outline(np.zeros((4, 4))).any()
-
-
 def test_strip_shows_image_truth_and_heat():
     image = np.full((32, 48, 3), (200, 30, 30), np.uint8)
     mask, amap = np.zeros((32, 48), bool), np.zeros((32, 48), np.float32)
@@ -414,13 +457,29 @@ def test_strip_shows_image_truth_and_heat():
 def test_any_file_name_fits_under_a_strip():
     def pixels(text):
         image, amap = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16))
-        return np.asarray(metrics.strip(image, None, amap, 0, 12.5, text, size=96))
+        return np.asarray(metrics.strip(image, None, amap, 0, 12.5, text, size=160))
 
     plain = pixels("")
     for text in "W" * 3000, "a" * 37, "Bühne 瓶\udce9.png":
-        assert np.array_equal(pixels(text)[:96], plain[:96])  # nothing over the pictures
-        assert np.array_equal(pixels(text)[:, -110:], plain[:, -110:])  # nor over the scale
+        assert np.array_equal(pixels(text)[:160], plain[:160])  # nothing over the pictures
+        assert np.array_equal(pixels(text)[:, :130], plain[:, :130])  # nor over the scale
+        assert not np.array_equal(pixels(text), plain)
     assert np.array_equal(pixels("two\nlines"), pixels("two lines"))
+
+
+def test_pictures_of_any_shape_are_bounded_and_their_text_is_readable():
+    text = "defective, score 0.5123 (threshold 0.4), bottle, 000.png"
+    for width, height in (6000, 20), (20, 6000), (1, 1), (1, 5000), (300, 200), (4000, 3000):
+        picture = metrics.panels([np.full((height, width, 3), 77, np.uint8)] * 2, text, 0, 1, 384)
+        assert max(picture.size) <= 2000 and picture.width >= 400
+        shown = metrics.fit((width, height), 384)
+        assert metrics.fit(shown, 384) == shown  # what is shown is not scaled again
+        assert (np.asarray(picture) == 77).all(-1).sum() == 2 * shown[0] * shown[1]
+        assert min(shown) >= 32 and max(shown) <= 960
+        ink = (np.asarray(picture)[-20:, 75:] < 100).all(-1).any(0)
+        assert ink.sum() > 150  # columns of the text's line that have ink
+    assert metrics.fit((300, 200), 384) == (576, 384) and metrics.fit((3000, 4000), 384) == (384, 512)
+    assert metrics.fit((6000, 20), 384) == (960, 32) and metrics.fit((2000, 400), 384) == (960, 192)
 
 
 def test_caption_names_class_defect_file_score_and_label():
@@ -452,3 +511,60 @@ def test_sheet_is_one_labelled_picture(tmp_path):
     ink = (pixels.max(-1) < 100).any(1)
     assert (np.diff(ink.astype(int)) == 1).sum() >= 3  # a title above each of the three rows
     metrics.sheet({}, tmp_path / "nothing.png")
+    with Image.open(tmp_path / "nothing.png") as picture:
+        assert picture.info["Software"] == data.SOFTWARE
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_a_picture_replaces_none_but_the_programs_own(tmp_path):
+    red, path = Image.new("RGB", (4, 4), "red"), tmp_path / "a.png"
+    metrics.save(Image.new("RGB", (4, 4), "blue"), path)
+    metrics.save(red, path)
+    assert data.is_own(path) and Image.open(path).getpixel((0, 0)) == (255, 0, 0)
+    red.save(tmp_path / "photo.png")
+    (tmp_path / "notes.png").write_text("not even an image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("photo.png")
+    (tmp_path / "broken.png").symlink_to("nowhere.png")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    for name in "photo.png", "notes.png", "folder.png", "link.png", "broken.png":
+        with pytest.raises(data.DataError, match=name) as error:
+            metrics.save(red, tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    assert (tmp_path / "link.png").is_symlink() and not (tmp_path / "nowhere.png").exists()
+
+
+def test_names_of_pictures():
+    names = metrics.picture_names
+    assert names(["000.png", "000.jpg", "000.tar.png"]) == ["000.png", "000.jpg.png", "000.tar.png"]
+    assert names(["a.png"] * 3) == ["a.png", "a_2.png", "a_3.png"]
+    assert names(["a.png", "A.png", "a_2.png"]) == ["a.png", "A_2.png", "a_2_2.png"]
+    assert names(["a_2.png", "a.png", "a.png"]) == ["a_2.png", "a.png", "a_3.png"]
+    long = ["瓶" * 83 + ".png", "瓶" * 83 + ".jpg", "x" * 255, "x" * 254 + "y", "\udce9" * 255]
+    found = names(long * 3)
+    assert len({name.casefold() for name in found}) == 15
+    for name in found:
+        assert len(os.fsencode(name)) <= 255 and name.endswith(".png")
+    assert found[0].strip("瓶") == ".png"  # cut between characters
+    assert names(["\udce9.jpg"]) == ["\udce9.jpg.png"]
+
+
+def test_save_maps_has_a_picture_per_image_and_an_overview_per_row(tmp_path):
+    names = ["good/000.png", "good/000.jpg", "crack/000.png", "crack_a/0.png", "crack/a_0.png", "good/瓶\udce9.png"]
+    samples = [data.Sample(f"/d/bottle/test/{name}", int("crack" in name), None, "bottle", "mvtec/bottle")
+               for name in names]
+    rng, n = np.random.default_rng(0), len(names)
+    maps, images = rng.random((n, 8, 8)), rng.integers(0, 255, (n, 8, 8, 3), dtype=np.uint8)
+    normal = metrics.calibrate(maps, maps.max((1, 2)), ["bottle"] * n, True)
+    for _ in range(2):  # the second time over its own
+        metrics.save_maps(tmp_path, samples, images, maps > 0.9, maps, maps.max((1, 2)), normal, 0.9)
+    assert {p.name for p in (tmp_path / "mvtec").iterdir()} == {"bottle", "bottle.png"}
+    assert {p.name for p in (tmp_path / "mvtec/bottle").iterdir()} == {
+        "good_000.png", "good_000.jpg.png", "crack_000.png", "crack_a_0.png", "crack_a_0_2.png", "good_瓶\udce9.png"}
+    assert all(data.is_own(p) for p in tmp_path.rglob("*.png"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "mvtec/bottle/good_000.png")
+    with pytest.raises(data.DataError, match="good_000.png"):
+        metrics.save_maps(tmp_path, samples, images, maps > 0.9, maps, maps.max((1, 2)), normal, 0.9)

@@ -1,9 +1,13 @@
 """Writes small copies of every layout, with the naming and the masks that the real sets have."""
+import hashlib
 import pickle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import CIFAR10
+
+import data
 
 SIZE = 32
 
@@ -28,7 +32,8 @@ def mask(path, value=255, channels=1, size=SIZE):
     return path
 
 
-def mvtec(root, classes=("bottle", "screw"), train=3, good=2, defects=("crack", "hole"), per_defect=2, suffix=".png",
+def mvtec(root, classes=("bottle", "screw"), train=3, good=2, defects=("crack", "hole"), per_defect=2,
+          suffix=".png",
           mask_name="{}_mask.png", good_name="good"):
     for c, cls in enumerate(classes):
         base = Path(root, cls)
@@ -78,7 +83,8 @@ def btad(root):
 
 
 def goodsad(root):
-    return mvtec(root, ("cigarette_box", "drink_bottle"), defects=("opened",), suffix=".jpg", mask_name="{}.png")
+    return mvtec(root, ("cigarette_box", "drink_bottle"), defects=("opened",), suffix=".jpg",
+                 mask_name="{}.png")
 
 
 def mad(root):
@@ -88,7 +94,7 @@ def mad(root):
 
 
 def aebad(root):
-    for domain in "same", "background", "illumination":                   # view is a domain of the test images only
+    for domain in "same", "background", "illumination":  # view is a domain of the test images only
         for i in range(2):
             image(Path(root, "AeBAD_S/train/good", domain, f"IMG_{i}.png"), i)
     for domain in "same", "background", "illumination", "view":
@@ -100,7 +106,8 @@ def aebad(root):
     return Path(root)
 
 
-def cifar10(root, per_class=2):
+def cifar10(root, monkeypatch, per_class=2):
+    """Batches of 20 images; torchvision is told their MD5, and data.py how many there are in one."""
     base = Path(root, "cifar-10-batches-py")
     base.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -109,4 +116,12 @@ def cifar10(root, per_class=2):
         content = {"batch_label": batch, "labels": labels, "filenames": [f"{label}.png" for label in labels],
                    "data": rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8)}
         (base / batch).write_bytes(pickle.dumps(content, protocol=2))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": data.CIFAR10}))
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in base.iterdir()}
+    monkeypatch.setattr(CIFAR10, "train_list",
+                        [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    monkeypatch.setattr(data, "BATCH", 10 * per_class)
+    data.cifar10_arrays.cache_clear()
     return Path(root)
