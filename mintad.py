@@ -1044,6 +1044,7 @@ def log(text):
     if RANK == 0:
         text = text.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
         tqdm.write(text)
+        sys.stdout.flush()
         for file in LOG:
             print(text, file=file, flush=True)
 
