@@ -1,4 +1,4 @@
-"""metrics.py against scikit-learn, a brute-force region loop over all thresholds, and figures worked out by hand."""
+"""metrics.py against scikit-learn, a brute-force region loop over all thresholds, and figures by hand."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def flood_regions(mask):
 
 
 def pro_curve(maps, masks):
-    """(false positive rate, per-region overlap) with the threshold at every distinct score, from the highest down."""
+    """(false positive rate, per-region overlap) with the threshold at every distinct score, highest first."""
     regions = [np.array([m[p] for p in region]) for m, k in zip(maps, masks) for region in flood_regions(k)]
     normal = maps[~masks]
     curve = [(0.0, 0.0)]
@@ -161,12 +161,12 @@ def test_many_pixels_in_float32():
 def test_the_benchmark_compares_with_scikit_learn():
     result = subprocess.run([sys.executable, metrics.__file__, "5"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    found = re.fullmatch(r"5 maps of 224 x 224: [\d.]+ s, peak memory [\d.]+ GB; scikit-learn's AUROC and AP take "
-                         r"([\d.]+) times as long; largest difference (.*)\n", result.stdout)
+    found = re.fullmatch(r"5 maps of 224 x 224: [\d.]+ s, peak memory [\d.]+ GB; scikit-learn's AUROC and AP "
+                         r"take ([\d.]+) times as long; largest difference (.*)\n", result.stdout)
     assert float(found[1]) > 1 and float(found[2]) < 1e-12
 
 
-@pytest.mark.parametrize("masks", [np.zeros((2, 3, 3), bool), np.ones((2, 3, 3), bool), np.zeros((0, 3, 3), bool)])
+@pytest.mark.parametrize("masks", [np.zeros((2, 3, 3)), np.ones((2, 3, 3)), np.zeros((0, 3, 3))])
 def test_undefined_pixel_metrics_are_nan(masks):
     got = metrics.pixel_metrics(np.ones(masks.shape, np.float32), masks)
     assert list(got) == ["p_auroc", "p_aupr", "aupro"] and all(math.isnan(v) for v in got.values())
@@ -223,7 +223,8 @@ def test_evaluate_works_row_by_row():
         want["i_auroc"] = roc_auc_score([s.label for s in samples[first::2]], scores[first::2])
         assert result["classes"][row] == want
     for key in "i_auroc", "p_auroc", "p_aupr", "aupro":
-        assert result["mean"][key] == pytest.approx(np.mean([result["classes"][r][key] for r in "ab"]), abs=1e-12)
+        want = np.mean([result["classes"][row][key] for row in "ab"])
+        assert result["mean"][key] == pytest.approx(want, abs=1e-12)
     assert result["classes"]["a"] != result["classes"]["b"]
 
 
@@ -240,7 +241,8 @@ def test_a_row_with_an_unknown_mask_is_image_level_only():
 
 def test_without_maps_or_without_masks_only_the_images_count():
     samples, scores, maps, masks = little_set()
-    for result in metrics.evaluate(samples, scores, None, None), metrics.evaluate(samples, scores, maps, None):
+    for given in (None, None), (maps, None):
+        result = metrics.evaluate(samples, scores, *given)
         assert result["mean"]["i_auroc"] == metrics.evaluate(*little_set())["mean"]["i_auroc"]
         assert all(math.isnan(result["mean"][key]) for key in ("p_auroc", "p_aupr", "aupro"))
 
@@ -310,14 +312,14 @@ def test_numbers_of_samples_and_scores_must_agree():
         metrics.evaluate(samples, scores[:15], maps, masks)
 
 
-# ------------------------------------------------------------------------------------------------ seeds, table, json
+# ------------------------------------------------------------------------------------ seeds, table, json
 
 
 def result_of(**rows):
     """A result whose four metrics are x, x - .1, x - .2, x - .3 in each row; None: image level only."""
     nan = float("nan")
     classes = {
-        row: dict(zip(metrics.METRICS, [x, nan, nan, nan] if row == "image_only" else [x, x - 0.1, x - 0.2, x - 0.3]))
+        row: dict(zip(metrics.METRICS, [x, *[nan if row == "image_only" else x - d for d in (0.1, 0.2, 0.3)]]))
         for row, x in rows.items()
     }
     mean = {k: float(np.nanmean([c[k] for c in classes.values()])) for k in metrics.METRICS}
@@ -325,7 +327,8 @@ def result_of(**rows):
 
 
 def test_over_seeds_has_mean_deviation_and_every_seed():
-    runs = {seed: result_of(a=a, image_only=b) for seed, a, b in ((1, 0.9, 0.8), (11, 0.8, 0.6), (111, 1.0, 0.7))}
+    means = (1, 0.9, 0.8), (11, 0.8, 0.6), (111, 1.0, 0.7)
+    runs = {seed: result_of(a=a, image_only=b) for seed, a, b in means}
     result = metrics.over_seeds(runs)
     assert set(result) == {"classes", "mean", "seeds", "std"}
     assert result["seeds"] == {"1": runs[1], "11": runs[11], "111": runs[111]}
@@ -374,10 +377,12 @@ def test_table_of_several_seeds_has_deviations():
 
 
 def test_joined_sets_have_a_mean_each():
-    runs = {seed: result_of(**{"mvtec/a": a, "mvtec/b": 0.5, "btad/a": 1.0}) for seed, a in ((1, 0.7), (2, 0.9))}
+    rows = {"mvtec/b": 0.5, "btad/a": 1.0}
+    runs = {seed: result_of(**{"mvtec/a": a}, **rows) for seed, a in ((1, 0.7), (2, 0.9))}
     lines = metrics.table(metrics.over_seeds(runs)).splitlines()
     assert [line.split("  ")[0].strip() for line in lines[-3:]] == ["mean of mvtec", "mean of btad", "mean"]
-    assert lines[-3].split()[3:6] == ["0.650", "±", "0.071"] and lines[-2].split()[3:6] == ["1.000", "±", "0.000"]
+    assert lines[-3].split()[3:6] == ["0.650", "±", "0.071"]
+    assert lines[-2].split()[3:6] == ["1.000", "±", "0.000"]
     assert lines[-4] == "-" * len(lines[0]) and lines[-5].startswith("btad/a")
 
 
@@ -421,7 +426,8 @@ def test_heat_is_ordered_in_lightness_on_an_absolute_scale():
     colours = metrics.heat(np.array([[-50.0, 2.0, 2.5, 3.0, 99.0]]), 2.0, 3.0)
     assert colours.dtype == np.uint8 and colours.shape == (1, 5, 3)
     assert np.array_equal(colours[0, 0], colours[0, 1]) and np.array_equal(colours[0, 3], colours[0, 4])
-    assert np.array_equal(metrics.heat(np.array([[2.5]]), 2.0, 3.0)[0, 0], colours[0, 2])  # whatever else is in the map
+    # whatever else is in the map
+    assert np.array_equal(metrics.heat(np.array([[2.5]]), 2.0, 3.0)[0, 0], colours[0, 2])
     assert metrics.heat(np.ones((2, 2)), 1.0, 1.0).shape == (2, 2, 3)  # an empty scale is no division by zero
 
 
@@ -440,7 +446,7 @@ def test_strip_shows_image_truth_and_heat():
     mask, amap = np.zeros((32, 48), bool), np.zeros((32, 48), np.float32)
     mask[8:24, 12:36] = True
     amap[8:24, 12:36] = 5.0
-    picture = metrics.strip(image, mask, amap, 0.0, 5.0, "defective, score 5, bottle, crack/000.png", size=160)
+    picture = metrics.strip(image, mask, amap, 0.0, 5.0, "defective, score 5, bottle, crack/0.png", size=160)
     pixels = np.asarray(picture).astype(int)
     assert picture.mode == "RGB" and pixels.shape[0] <= 160 + 30 and pixels.shape[1] >= 3 * 240
     step = (pixels.shape[1] + 6) // 3
@@ -451,7 +457,8 @@ def test_strip_shows_image_truth_and_heat():
     assert lightness(centres[2]) > lightness(corners[2]) + 30
     assert (pixels[160:, :300].min(axis=-1) < 100).sum() > 200  # the text is there
     unknown = np.asarray(metrics.strip(image, None, amap, 0.0, 5.0, size=160))
-    assert len(np.unique(unknown[:160, step : step + 240])) == 1 and unknown[80, step + 120, 0] not in (0, 255)
+    assert len(np.unique(unknown[:160, step : step + 240])) == 1
+    assert unknown[80, step + 120, 0] not in (0, 255)
 
 
 def test_any_file_name_fits_under_a_strip():
@@ -501,7 +508,8 @@ def test_pick_finds_the_worst_and_the_best():
 
 def test_sheet_is_one_labelled_picture(tmp_path):
     blue = Image.new("RGB", (200, 90), (0, 0, 255))
-    metrics.sheet({"worst misses": [blue] * 4, "worst false alarms": [], "best hits": [blue]}, tmp_path / "bottle.png")
+    cells = {"worst misses": [blue] * 4, "worst false alarms": [], "best hits": [blue]}
+    metrics.sheet(cells, tmp_path / "bottle.png")
     assert [p.name for p in tmp_path.iterdir()] == ["bottle.png"]
     with Image.open(tmp_path / "bottle.png") as picture:
         assert picture.format == "PNG"
@@ -553,7 +561,8 @@ def test_names_of_pictures():
 
 
 def test_save_maps_has_a_picture_per_image_and_an_overview_per_row(tmp_path):
-    names = ["good/000.png", "good/000.jpg", "crack/000.png", "crack_a/0.png", "crack/a_0.png", "good/瓶\udce9.png"]
+    names = ["good/000.png", "good/000.jpg", "crack/000.png", "crack_a/0.png", "crack/a_0.png",
+             "good/瓶\udce9.png"]
     samples = [data.Sample(f"/d/bottle/test/{name}", int("crack" in name), None, "bottle", "mvtec/bottle")
                for name in names]
     rng, n = np.random.default_rng(0), len(names)
@@ -563,7 +572,8 @@ def test_save_maps_has_a_picture_per_image_and_an_overview_per_row(tmp_path):
         metrics.save_maps(tmp_path, samples, images, maps > 0.9, maps, maps.max((1, 2)), normal, 0.9)
     assert {p.name for p in (tmp_path / "mvtec").iterdir()} == {"bottle", "bottle.png"}
     assert {p.name for p in (tmp_path / "mvtec/bottle").iterdir()} == {
-        "good_000.png", "good_000.jpg.png", "crack_000.png", "crack_a_0.png", "crack_a_0_2.png", "good_瓶\udce9.png"}
+        "good_000.png", "good_000.jpg.png", "crack_000.png", "crack_a_0.png", "crack_a_0_2.png",
+        "good_瓶\udce9.png"}
     assert all(data.is_own(p) for p in tmp_path.rglob("*.png"))
     Image.new("RGB", (4, 4)).save(tmp_path / "mvtec/bottle/good_000.png")
     with pytest.raises(data.DataError, match="good_000.png"):

@@ -53,8 +53,8 @@ def test_rows_pictures_and_lines(tmp_path):
     assert set(content(out)) == {"predictions.csv", "dark.png", "light.jpg.png"}
     assert all(data.is_own(out / name) for name in ("dark.png", "light.jpg.png"))
     # 2 of 20 above: the 95 % bound of Clopper and Pearson from tables is 28.3 %
-    assert lines == ["threshold for pill: 67.1, the 0.9 quantile of held-out normal images: 2 of 20 above it, a false "
-                     "positive rate of 10.0%, with 95 % confidence below 28.3%",
+    assert lines == ["threshold for pill: 67.1, the 0.9 quantile of held-out normal images: 2 of 20 above "
+                     "it, a false positive rate of 10.0%, with 95 % confidence below 28.3%",
                      f"{files[0]}: score 40, good, pill", f"{files[1]}: score 200, defective, pill",
                      f"written to {out}"]
 
@@ -74,11 +74,12 @@ def test_what_exceeds_the_peaks_of_normal_maps_is_outlined(tmp_path):
     heated = np.asarray(Image.open(tmp_path / "out/a.png"))[:384, 390:]
     white = (heated == 255).all(-1)
     row = np.flatnonzero(white[192])
-    assert 2 <= len(row) <= 4 and abs(row[0] - 96) < 12 and abs(row[-1] - 288) < 12  # its two sides, not its inside
+    # the two sides, not the inside
+    assert 2 <= len(row) <= 4 and abs(row[0] - 96) < 12 and abs(row[-1] - 288) < 12
 
 
-@pytest.mark.parametrize("mode,size,crop", [("RGB", 32, None), ("RGB", 37, 20), ("RGB", 36, 23), ("L", 64, None),
-                                            ("P", 24, 24), ("RGBA", 16, 5)])
+@pytest.mark.parametrize("mode,size,crop", [("RGB", 32, None), ("RGB", 37, 20), ("RGB", 36, 23),
+                                            ("L", 64, None), ("P", 24, 24), ("RGBA", 16, 5)])
 def test_the_model_sees_the_pixels_of_data_decode(tmp_path, mode, size, crop):
     noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
     Image.fromarray(noise).convert(mode).save(tmp_path / "a.png")
@@ -178,7 +179,8 @@ def test_an_image_that_fails_costs_that_image(tmp_path):
         return maps, np.where(scores == 7, np.nan, scores), classes
 
     ok, lines = predict(files, tmp_path / "out", sometimes)
-    assert not ok and [row["verdict"] for row in rows(tmp_path / "out")] == ["unreadable"] * 2 + ["failed", "good"]
+    verdicts = [row["verdict"] for row in rows(tmp_path / "out")]
+    assert not ok and verdicts == ["unreadable", "unreadable", "failed", "good"]
     assert set(content(tmp_path / "out")) == {"predictions.csv", "fine.png"}
     skipped = [line for line in lines if line.startswith("skipped: ")]
     assert len(skipped) == 3 and all(str(file) in line for file, line in zip(files, skipped))
@@ -212,8 +214,8 @@ def test_line_scans_and_large_photos_cost_bounded_memory(tmp_path):
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """)
     here = os.path.dirname(__file__)
-    result = subprocess.run([sys.executable, "-c", code, here, os.path.dirname(here), tmp_path / "out", *files],
-                            capture_output=True, text=True)
+    command = [sys.executable, "-c", code, here, os.path.dirname(here), tmp_path / "out", *files]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 300_000  # kB; the large photo's pixels alone are 72 MB
     for name in sizes:
