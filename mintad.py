@@ -33,7 +33,6 @@ Details of the implementation and where each comes from:
 """
 import argparse
 import contextlib
-import fcntl
 import io
 import math
 import os
@@ -346,52 +345,6 @@ def build_backbone(settings, weights):
     levels = (*REDUCTIONS, 32) if settings["data"] == "cifar10" else REDUCTIONS  # C = 720 with b4, as UniAD
     return Backbone(settings["backbone"], settings["crop"] or settings["size"], weights, levels)
 
-@torch.no_grad()
-def load_weights(net, name, weights, key_in_file=str):
-    """Fill net from a checkpoint FILE, its tensors at the top level or under "model", "models" or "state_dict".
-
-    weights: FILE; "none": net stays untrained; None: timm's download of the model called name.
-    key_in_file: net's key -> the file's. Raises DataError: unreadable file, failed download, missing or misshapen tensor.
-    """
-    if weights == "none":
-        log(f"{name}: untrained (--weights none): good enough to see the code run, not for results")
-        return
-    try:
-        state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
-    except (OSError, RuntimeError) as error:  # what the hub's client raises
-        raise data.DataError(f"--backbone {name}: cannot download its weights ({' '.join(str(error).split())[:120]}); "
-                             "--weights FILE takes a local file, --weights none an untrained backbone") from None
-    for key in ("model", "models", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm's feature networks: stages_0 for stages.0
-    needed = {key_in_file(k): x for k, x in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    for key, value in needed.items():
-        new = found.get(key.replace(".", "_"))
-        if not torch.is_tensor(new) or new.shape != value.shape:
-            wrong = f"has shape {list(new.shape)}" if torch.is_tensor(new) else "is missing"
-            raise data.DataError(f"--weights {weights}: {key} {wrong}, {name} needs {list(value.shape)}")
-        value.copy_(new)
-    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {len(found) - len(needed)} others not needed")
-
-def read_tensors(path):
-    """The dict in a .safetensors file or a torch checkpoint of tensors and plain containers; DataError if there is none."""
-    try:
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments beside
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise data.DataError(f"{path}: no such file") from None
-    except Exception as error:  # pickle, zip, safetensors and OS errors share no base class
-        raise data.DataError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-
-def fill(model, state):
-    """Load a checkpoint's tensors; DataError that names those that do not fit."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
-
 class MINTAD(nn.Module):
     """The model of Figure 3, or with uniad=True the UniAD baseline; both with the variants of Tables 4, 5 and 9.
 
@@ -687,6 +640,232 @@ def calibrate(model, state, samples, images, held_out, device):
     maps, scores, _ = infer(Inference(model, argparse.Namespace(**state["settings"])), images, device, *labels)
     return metrics.calibrate(maps, scores, [sample.cls for sample in samples], held_out) if RANK == 0 else None
 
+def restore(state, device):
+    """The model from a checkpoint alone."""
+    backbone = build_backbone(state["settings"], "none")
+    model = build(state["settings"], backbone, state["classes"], state["model"].get("text"))
+    fill(model, state)
+    return model.to(device).eval()
+
+# ---------------------------------------------------------------- a run and its files
+
+STATE = ("name", "settings", "root", "images", "seed", "classes", "epoch", "model", "optimizer", "normal")
+
+def train_run(args, device):
+    """Train and evaluate a model per seed and, unless --unified, per class; then the table."""
+    folder, results = claim(args), {}
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    log(f"{PROGRAM}.py: {show(settings)}, seeds {args.seed}, {WORLD} process(es), {device}")
+    dataset, *test = load(args)
+    images = decode(args, dataset.train, "training images")
+    held_out = data.hold_out(dataset.train, args.holdout)
+    torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
+    backbone = build_backbone(settings, args.weights)
+    for seed in args.seed:
+        for classes in [dataset.classes] if args.unified else [[cls] for cls in dataset.classes]:
+            of_classes = np.array([sample.cls in classes for sample in dataset.train])
+            index, kept = np.flatnonzero(of_classes & ~held_out), np.flatnonzero(of_classes & held_out)
+            state = dict(name=f"seed{seed}", settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
+                         images=data.listing([dataset.train[i] for i in index]), model=None, optimizer=None, normal=None)
+            if not args.unified:
+                state["name"] += f"-{classes[0].replace('/', '_')}"
+            torch.manual_seed(seed)
+            model = build(settings, backbone, classes).to(device)
+            if args.resume:
+                state = from_first(resume, folder, state)
+            if state["model"]:
+                fill(model, state)
+            if state["normal"] is None:  # not finished
+                train(model, state, dataset.train, images, index, folder, device)
+                seen = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
+                samples = [dataset.train[i] for i in seen]
+                state["normal"] = calibrate(model, state, samples, images[seen], len(kept) > 0, device)
+                state["optimizer"] = None  # it is not needed any more
+                save(folder, state)
+            results.setdefault(seed, {}).update(evaluate(model, state, dataset.test, *test, args, folder, device))
+    report(args, results, folder)
+
+def eval_run(args, device):
+    """Evaluate a checkpoint, or all of a run's folder, on the test images as they lie there now."""
+    states = from_first(load_run, args)
+    adopt(args, states)
+    folder, results = claim(args), {}
+    for state in states:
+        if state["normal"] is None:
+            log(f"warning: {state['name']}: its training stopped after epoch {state['epoch']} of {args.epochs}")
+    dataset, *test = load(args)
+    for cls in set(dataset.classes) - {cls for state in states for cls in state["classes"]}:
+        log(f"warning: class '{cls}' was not trained and is left out")
+    for state in states:
+        rows = evaluate(restore(state, device), state, dataset.test, *test, args, folder, device)
+        results.setdefault(state["seed"], {}).update(rows)
+    report(args, results, folder)
+
+def load(args):
+    """The data set, its test images and their masks; DataError if there is nothing to train on or to evaluate."""
+    dataset = data.load(args.data, args.root, args.classes, args.normals, log=log)
+    if not (dataset.test if args.eval else dataset.train):
+        raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
+    return dataset, decode(args, dataset.test, "test images"), decode(args, dataset.test, "masks")
+
+def decode(args, samples, name):
+    """uint8 N x S x S x 3 images, or if name is "masks" the bool N x S x S masks, decoded once a node."""
+    cache = None if args.cache == "none" or args.data == "toy" else args.cache
+    if LOCAL_RANK and cache:
+        total(torch.zeros(1))  # waits until the node's first process has filled the cache
+    array = data.decode(samples, args.size, args.crop, masks=name == "masks", cache=cache,
+                        workers=args.workers, name=name, progress=RANK == 0, log=log)
+    if LOCAL_RANK == 0 and cache:
+        total(torch.zeros(1))
+    return array
+
+def measure(args, state, samples, images, masks, maps, scores, folder):
+    """{row: metrics}, with --save-maps also the pictures; on the other processes than the first nothing."""
+    if RANK:
+        return {}
+    if args.save_maps:
+        metrics.save_maps(folder / "maps" / f"seed{state['seed']}", samples, images, masks, maps, scores,
+                          state["normal"], args.quantile)
+    return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
+
+def report(args, results, folder):
+    """Print the table and write metrics.json."""
+    if RANK == 0:
+        seeds = {seed: {"classes": rows, "mean": metrics.mean(rows)} for seed, rows in results.items()}
+        result = metrics.over_seeds(seeds)
+        log(metrics.table(result, paper_figures(args, result["classes"])))
+        settings = {key: getattr(args, key) for key in ("seed", *SETTINGS)}
+        metrics.save_json(folder / "metrics.json", settings, result)
+        log(f"written to {folder}")
+
+def claim(args):
+    """The run's folder: --out, or runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint. See data.claim."""
+    default = Path("runs", f"{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
+    if args.eval:
+        source = Path(args.eval)
+        default = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
+    folder = Path(args.out or default)
+    if RANK == 0:
+        LOG.append(data.claim(folder, PROGRAM, args.resume))
+        metrics.save_json(folder / "args.json", vars(args), {})
+    folder.mkdir(parents=True, exist_ok=True)  # on each node
+    return folder
+
+def save(folder, state):
+    """Write the checkpoint, on process 0; DataError if it cannot be written."""
+    path = folder / f"{state['name']}.pt"
+    try:
+        if RANK == 0:
+            with data.atomic(path) as temporary:
+                torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        left = "its last version is whole, --resume goes on from it" if path.exists() else "nothing was saved"
+        raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); {left}") from None
+
+def read_state(path, like=None):
+    """A checkpoint; DataError if it is none of this version, or of other settings than those of the state `like`."""
+    state = read_tensors(path)
+    if not (set(STATE) <= state.keys() and isinstance(state["settings"], dict)
+            and set(SETTINGS) <= state["settings"].keys()):
+        raise data.DataError(f"{path}: not a checkpoint of this version of {PROGRAM}.py")
+    for key in SETTINGS if like else ():
+        mine, theirs = state["settings"][key], like["settings"][key]
+        if mine != theirs:
+            raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same arguments, another "
+                                 "--out, or the name of one checkpoint")
+    return state
+
+def resume(folder, state):
+    """The state in the folder, or the given one if there is none. DataError that names the first difference."""
+    path = folder / f"{state['name']}.pt"
+    if not path.exists():
+        log(f"{path}: no checkpoint yet, starting from the beginning")
+        return state
+    found = read_state(path, state)
+    for now, then in zip_longest(state["images"], found["images"]):
+        if now != then:
+            raise data.DataError(f"--resume: {path} was trained on other images: on {then}, where now is {now}; give "
+                                 "the same --root or another --out")
+    log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
+    return found
+
+def load_run(args):
+    """States of the checkpoint --eval, or of all in a run's folder. DataError if their settings differ."""
+    path = Path(args.eval)
+    paths = sorted(path.glob("seed*.pt")) if path.is_dir() else [path]
+    if not paths:
+        raise data.DataError(f"--eval {path}: no checkpoint (.pt) in this folder")
+    first = read_state(paths[0])
+    states = [first, *(read_state(p, first) for p in paths[1:])]
+    if (args.predict or args.export or args.save_maps) and any(state["normal"] is None for state in states):
+        raise data.DataError(f"--eval {path}: its training stopped early; finish it with --resume")
+    return states
+
+def adopt(args, states):
+    """The checkpoints' settings, seeds and root, where the arguments leave them open."""
+    for key, value in states[0]["settings"].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
+
+@torch.no_grad()
+def load_weights(net, name, weights, key_in_file=str):
+    """Fill net from a checkpoint FILE, its tensors at the top level or under "model", "models" or "state_dict".
+
+    weights: FILE; "none": net stays untrained; None: timm's download of the model called name.
+    key_in_file: net's key -> the file's. Raises DataError: unreadable file, failed download, missing or misshapen tensor.
+    """
+    if weights == "none":
+        log(f"{name}: untrained (--weights none): good enough to see the code run, not for results")
+        return
+    try:
+        state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:  # what the hub's client raises
+        raise data.DataError(f"--backbone {name}: cannot download its weights ({' '.join(str(error).split())[:120]}); "
+                             "--weights FILE takes a local file, --weights none an untrained backbone") from None
+    for key in ("model", "models", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm's feature networks: stages_0 for stages.0
+    needed = {key_in_file(k): x for k, x in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    for key, value in needed.items():
+        new = found.get(key.replace(".", "_"))
+        if not torch.is_tensor(new) or new.shape != value.shape:
+            wrong = f"has shape {list(new.shape)}" if torch.is_tensor(new) else "is missing"
+            raise data.DataError(f"--weights {weights}: {key} {wrong}, {name} needs {list(value.shape)}")
+        value.copy_(new)
+    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {len(found) - len(needed)} others not needed")
+
+def read_tensors(path):
+    """The dict in a .safetensors file or a torch checkpoint of tensors and plain containers; DataError if there is none."""
+    try:
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments beside
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise data.DataError(f"{path}: no such file") from None
+    except Exception as error:  # pickle, zip, safetensors and OS errors share no base class
+        raise data.DataError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+
+def fill(model, state):
+    """Load a checkpoint's tensors; DataError that names those that do not fit."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
+
+# ---------------------------------------------------------------- a trained model's use
+
+def one_model(args):
+    """The state of the one model that --predict and --export use."""
+    states = load_run(args)
+    adopt(args, states)
+    if len(states) > 1 or WORLD > 1:
+        raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
+    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in states[0]["classes"]):
+        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {', '.join(states[0]['classes'])}")
+    return states[0]
+
 @torch.no_grad()
 def save_queries(path, model, samples, images, device, labels=None):
     """Fig. 4c: how a decoder query's positions attend to each other, P x P, for the first test image of each class.
@@ -706,208 +885,6 @@ def save_queries(path, model, samples, images, device, labels=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics.sheet({f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
                    for i in range(0, len(pictures), 5)}, path)
-
-def restore(state, device):
-    """The model from a checkpoint alone."""
-    backbone = build_backbone(state["settings"], "none")
-    model = build(state["settings"], backbone, state["classes"], state["model"].get("text"))
-    fill(model, state)
-    return model.to(device).eval()
-
-# ---------------------------------------------------------------- a run and its files
-
-STATE = ("name", "settings", "root", "images", "seed", "classes", "epoch", "model", "optimizer", "normal")
-
-def train_run(args, device):
-    """Train and evaluate a model per seed and, unless --unified, per class; then the table."""
-    folder = claim(args)
-    settings = {key: getattr(args, key) for key in SETTINGS}
-    log(f"{PROGRAM}.py: {show(settings)}, seeds {args.seed}, {WORLD} process(es), {device}")
-    dataset = load(args)
-    images = decode(args, dataset.train, "training images")
-    test_images = decode(args, dataset.test, "test images")
-    masks = decode(args, dataset.test, "masks")
-    held_out = data.hold_out(dataset.train, args.holdout)
-    torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
-    backbone = build_backbone(settings, args.weights)
-    results = {}
-    for seed in args.seed:
-        for classes in [dataset.classes] if args.unified else [[cls] for cls in dataset.classes]:
-            of_classes = np.array([sample.cls in classes for sample in dataset.train])
-            index, kept = np.flatnonzero(of_classes & ~held_out), np.flatnonzero(of_classes & held_out)
-            name = f"seed{seed}" if args.unified else f"seed{seed}-{classes[0].replace('/', '_')}"
-            listing = data.listing([dataset.train[i] for i in index], args.root)
-            state = dict(name=name, settings=settings, root=args.root, images=listing, seed=seed, classes=classes,
-                         epoch=0, model=None, optimizer=None, normal=None)
-            torch.manual_seed(seed)
-            model = build(settings, backbone, classes).to(device)
-            if args.resume:
-                state = from_first(resume, folder, state)
-            if state["model"]:
-                fill(model, state)
-            if state["normal"] is None:  # not finished
-                train(model, state, dataset.train, images, index, folder, device)
-                seen = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
-                state["normal"] = calibrate(model, state, [dataset.train[i] for i in seen], images[seen],
-                                            len(kept) > 0, device)
-                state["optimizer"] = None  # it is not needed any more
-                save(folder, state)
-            rows = evaluate(model, state, dataset.test, test_images, masks, args, folder, device)
-            results.setdefault(seed, {}).update(rows)
-    report(args, results, folder)
-
-def eval_run(args, device):
-    """Evaluate a checkpoint, or all of a run's folder, on the test images as they lie there now."""
-    states = from_first(load_run, args)
-    adopt(args, states)
-    folder = claim(args)
-    for state in states:
-        if state["normal"] is None:
-            log(f"warning: the training of {state['name']} stopped after epoch {state['epoch']} of {args.epochs}")
-    dataset = load(args)
-    for cls in set(dataset.classes) - {cls for state in states for cls in state["classes"]}:
-        log(f"warning: class '{cls}' was not trained and is left out")
-    test_images = decode(args, dataset.test, "test images")
-    masks = decode(args, dataset.test, "masks")
-    results = {}
-    for state in states:
-        rows = evaluate(restore(state, device), state, dataset.test, test_images, masks, args, folder, device)
-        results.setdefault(state["seed"], {}).update(rows)
-    report(args, results, folder)
-
-def load(args):
-    """The data set; DataError if there is nothing to train on, or with --eval nothing to evaluate."""
-    dataset = data.load(args.data, args.root, args.classes, args.normals, log=log)
-    if not (dataset.test if args.eval else dataset.train):
-        raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
-    return dataset
-
-def decode(args, samples, name):
-    """uint8 N x S x S x 3 images, or if name is "masks" the bool N x S x S masks, decoded once a node."""
-    cache = None if args.cache == "none" or args.data == "toy" else args.cache
-    if LOCAL_RANK and cache:
-        total(torch.zeros(1))  # waits until the node's first process has filled the cache
-    array = data.decode(samples, args.size, args.crop, masks=name == "masks", cache=cache, workers=args.workers,
-                        name=name, progress=RANK == 0, log=log)
-    if LOCAL_RANK == 0 and cache:
-        total(torch.zeros(1))
-    return array
-
-def measure(args, state, samples, images, masks, maps, scores, folder):
-    """{row: metrics}, with --save-maps also the pictures; on the other processes than the first nothing."""
-    if RANK:
-        return {}
-    if args.save_maps:
-        metrics.save_maps(folder / "maps" / f"seed{state['seed']}", samples, images, masks, maps, scores,
-                          state["normal"], args.quantile)
-    return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
-
-def report(args, results, folder):
-    """Print the table and write metrics.json."""
-    if RANK:
-        return
-    result = metrics.over_seeds({seed: {"classes": rows, "mean": metrics.mean(rows)} for seed, rows in results.items()})
-    log(metrics.table(result, paper_figures(args, result["classes"])))
-    metrics.save_json(folder / "metrics.json", {key: getattr(args, key) for key in ("seed", *SETTINGS)}, result)
-    log(f"written to {folder}")
-
-def claim(args):
-    """The run's folder: --out, or runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint.
-
-    On process 0 it is new, empty or one that this program made, and locked until the process ends. Raises DataError.
-    """
-    if args.eval:
-        source = Path(args.eval)
-        default = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
-    else:
-        default = Path("runs", f"{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
-    folder = Path(args.out or default)
-    folder.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        if any(folder.iterdir()) and not (folder / f".{PROGRAM}").exists():
-            raise data.DataError(f"--out {folder}: holds files that {PROGRAM}.py did not write; name an empty folder")
-        if any(folder.glob("seed*.pt")) and not args.resume:
-            raise data.DataError(f"--out {folder}: holds a run; --resume goes on with it, another --out starts anew")
-        LOCK.append(open(folder / f".{PROGRAM}", "w"))
-        try:
-            fcntl.flock(LOCK[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise data.DataError(f"--out {folder}: another run is writing into it") from None
-        data.remove_partial(folder)  # left by a run that was killed while it wrote
-        LOG.append(open(folder / "log.txt", "a", encoding="utf-8"))
-        metrics.save_json(folder / "args.json", vars(args), {})
-    return folder
-
-def save(folder, state):
-    """Write the checkpoint, on process 0; DataError if it cannot be written."""
-    path = folder / f"{state['name']}.pt"
-    try:
-        if RANK == 0:
-            with data.atomic(path) as temporary:
-                torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        left = "its last version is whole, --resume goes on from it" if path.exists() else "nothing was saved"
-        raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); {left}") from None
-
-def resume(folder, state):
-    """The state in the folder, or the given one if there is none. DataError that names the first difference."""
-    path = folder / f"{state['name']}.pt"
-    if not path.exists():
-        return state
-    found = read_state(path)
-    check_same(f"--resume {path}", found, state, "give the same arguments or another --out")
-    for now, then in zip_longest(state["images"], found["images"]):
-        if now != then:
-            raise data.DataError(f"--resume {path}: it was trained on {then} where now is {now}; give the same --root "
-                                 "or another --out")
-    log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
-    return found
-
-def load_run(args):
-    """States of the checkpoint --eval, or of all in a run's folder. DataError if they were made with other settings."""
-    path = Path(args.eval)
-    paths = sorted(path.glob("seed*.pt")) if path.is_dir() else [path]
-    if not paths:
-        raise data.DataError(f"--eval {path}: no checkpoint (.pt) in this folder")
-    states = [read_state(p) for p in paths]
-    for state in states:
-        check_same(f"--eval {path}: {state['name']}.pt", state, states[0] | {"classes": state["classes"]}, "name one of them")
-        if state["normal"] is None and (args.predict or args.export or args.save_maps):
-            raise data.DataError(f"--eval {path}: its training stopped early; finish it with --resume")
-    return states
-
-def read_state(path):
-    state = read_tensors(path)
-    if not (isinstance(state, dict) and set(STATE) <= state.keys() and isinstance(state["settings"], dict)
-            and set(SETTINGS) <= state["settings"].keys()):
-        raise data.DataError(f"{path}: not a checkpoint of this version of {PROGRAM}.py")
-    return state
-
-def check_same(what, state, other, advice):
-    """DataError if two states differ in their settings or classes."""
-    for key in (*SETTINGS, "classes"):
-        mine, theirs = (s["classes"] if key == "classes" else s["settings"][key] for s in (state, other))
-        if mine != theirs:
-            raise data.DataError(f"{what} was made with {key} = {mine}, not {theirs}; {advice}")
-
-def adopt(args, states):
-    """The checkpoints' settings, seeds and root, where the arguments leave them open."""
-    for key, value in states[0]["settings"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
-
-# ---------------------------------------------------------------- a trained model's use
-
-def one_model(args):
-    """The state of the one model that --predict and --export use."""
-    states = load_run(args)
-    adopt(args, states)
-    if len(states) > 1 or WORLD > 1:
-        raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
-    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in states[0]["classes"]):
-        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {', '.join(states[0]['classes'])}")
-    return states[0]
 
 def predict(args, device):
     """Score, verdict, class and picture of the images --predict names; True if every image could be judged."""
@@ -942,7 +919,7 @@ def bench(args, device):
     if (args.backbone, size) == (PAPER["backbone"], PAPER["size"]):
         theirs = ("6.27", "0.92", .032, .068, .089, .146, .2305) if args.uniad else (
             "9.44", "1.13", .026, .035, .057, .104, .194)
-    log(f"{args.backbone}, {size} x {size}, {device_name(device)}; in brackets the paper's, on its GPU")
+    log(f"{args.backbone}, {size} x {size}, {device}, {torch.get_num_threads()} threads; in brackets the paper's, on its GPU")
     parts = {"in all": model, **dict(model.named_children())}
     counts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}" for name, part in parts.items()]
     log(f"parameters (M): {', '.join(counts)} ({theirs[0]})")
@@ -985,14 +962,11 @@ def seconds(function, repeats=5):
         times.append(time.perf_counter())
     return sorted(np.diff(times)[1:])[repeats // 2]
 
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-
 # ---------------------------------------------------------------- processes and logging
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-PROGRAM, LOG, LOCK = Path(__file__).stem, [], []  # open on process 0: the run's log.txt, the lock of its folder
+PROGRAM, LOG = Path(__file__).stem, []  # LOG: the run's log.txt, open on process 0
 
 def start(name):
     """The device of this process; joins the process group under torchrun. Raises DataError."""
@@ -1285,9 +1259,8 @@ def main(argv=None):
         print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
-    for file in (*LOG, *LOCK):
-        file.close()
-    LOG.clear(), LOCK.clear()
+    while LOG:
+        LOG.pop().close()
     sys.exit(code)
 
 if __name__ == "__main__":
