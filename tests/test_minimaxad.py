@@ -19,7 +19,9 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision import transforms
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -216,12 +218,29 @@ def negative_numbers():
     return torch.randn(100, generator=torch.Generator().manual_seed(0)) - 10
 
 
+def batchnorm_case(kind):
+    """A BatchNorm of four channels, five images and the loss's gradient by its output."""
+    torch.manual_seed(0)
+    norm, (x, g) = kind(4), torch.randn(2, 5, 4, 6, 7)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    return norm, (2 * x + torch.randn(4, 1, 1)).requires_grad_(), g
+
+
+def batchnorm_results(images):
+    norm, x, g = batchnorm_case(minimaxad.BatchNorm)
+    x = x.detach()[images].requires_grad_()
+    y = norm(x)
+    (y * g[images]).sum().backward()
+    return dict(norm.named_buffers(), output=y.detach(), gradient=x.grad, weight=norm.weight.grad, bias=norm.bias.grad)
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     shards = {"uneven": [[0, 1, 2], [3, 4]], "empty": [[0, 1, 2, 3, 4], []]}
     results = {(split, case): loss_and_gradients(case, images[rank])
                for split, images in shards.items() for case in LOSSES}
+    results |= {("batchnorm", split): batchnorm_results(images[rank]) for split, images in shards.items()}
     x = negative_numbers().split([90, 10])[rank]  # 10 are fewer than the 91 largest, which p = 0.1 takes
     results["statistics"] = minimaxad.quantile(x, 0.1), minimaxad.variance(x)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -604,3 +623,89 @@ def test_paper_figures():
     assert figures("--data", "goodsad", "--arch", "rd", "--size", "256", found=["drink_can"]) == {}
     assert figures("--data", "visa", found=["candle"]) == {}  # the paper has only the mean over all classes
     assert figures("--data", "visa", found=rows("visa", True))["mean"] == {"i_auroc": 0.964, "aupro": 0.904}
+
+
+# ---------------------------------------------------------------- what is easily got wrong in the layers
+
+
+def test_own_convolutions_have_no_bias_and_blocks_have_the_authors():
+    """Weights of bottleneck and decoder: by hand and, for blocks, from the authors' file of UniRepLKNet-N."""
+    with torch.device("meta"):
+        model = minimaxad.MiniMaxAD(minimaxad.UniRepLKNet("unireplknet_n"))
+
+    def count(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    def authors(stage):
+        shapes = json.loads((HERE / "unireplknet_n_keys.json").read_text())
+        return sum(int(np.prod(shape)) for key, shape in shapes.items() if key.startswith(f"stages.{stage}.")
+                   and not key.endswith(("running_mean", "running_var", "num_batches_tracked")))
+
+    def block(C):
+        """With 3 x 3 kernel: depthwise, BatchNorm; SE; linear layers and GRN, 4C wide; BatchNorm, scale."""
+        se, linear, grn = (C * C + C) // 4 + C * C // 4 + C, (4 * C * C + 4 * C) + 4 * C * C, 8 * C
+        return 9 * C + 2 * C + se + linear + grn + 2 * C + C
+
+    assert authors(0) == 2 * block(80)  # by hand is right
+    assert count(model.bottleneck.compress) == 9 * 960 * 640 + 2 * block(640)
+    down = 9 * (80 * 160 + 2 * 160 * 320) + 2 * (160 + 2 * 320)  # 3 x 3 convolutions and a BatchNorm each
+    assert count(model.bottleneck.from1, model.bottleneck.from2) == down
+    up = 4 * (640 * 320 + 320 * 160 + 160 * 80) + 2 * (320 + 160 + 80)  # transposed 2 x 2, and LayerNorms
+    assert count(model.decoder) == up + sum(map(authors, (2, 1, 0)))
+
+
+def test_depthwise_gradient_under_autocast_on_a_cpu():
+    """In bfloat16, dilated and channels last, torch 2.14's own weight gradient has values of 1e37."""
+    torch.manual_seed(0)
+    layer = minimaxad.Depthwise(128, 7, 2)
+    x, g = torch.randn(2, 16, 128, 32, 32).unbind()
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected, = torch.autograd.grad((layer(x) * g).sum(), layer.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.bfloat16())
+    gradient, = torch.autograd.grad((y.float() * g).sum(), layer.weight)
+    assert (gradient - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("split", ["uneven", "empty"])
+def test_batchnorm_over_two_processes_is_torchs_of_the_whole_batch(two_processes, split):
+    norm, x, g = batchnorm_case(torch.nn.BatchNorm2d)
+    y = norm(x)
+    (y * g).sum().backward()
+    parts = [results["batchnorm", split] for results in two_processes]
+    for key, expected in (("output", y.detach()), ("gradient", x.grad)):
+        torch.testing.assert_close(torch.cat([part[key] for part in parts]), expected, rtol=1e-4, atol=1e-5)
+    for key in "weight", "bias":
+        total = sum(part[key] for part in parts)
+        torch.testing.assert_close(total, getattr(norm, key).grad, rtol=1e-4, atol=1e-4)
+    for part in parts:
+        for key in "running_mean", "running_var", "num_batches_tracked":
+            torch.testing.assert_close(part[key], getattr(norm, key))
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 48), (3, 9, 33), (1, 1, 5)])
+def test_max5x5_against_scipy(shape):
+    S = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    g = np.exp(-np.arange(-2, 3) ** 2 / 32)
+    smooth = scipy.ndimage.convolve(S.double().numpy(), np.outer(g, g)[None] / g.sum() ** 2, mode="constant")
+    maps, scores = minimaxad.image_score(S, "max5x5")
+    np.testing.assert_allclose(maps, smooth, atol=1e-6)
+    np.testing.assert_allclose(scores, smooth.max((1, 2)), atol=1e-6)
+
+
+def test_augmented_is_torchvisions_crop_and_flip_of_the_whole_image(tmp_path):
+    samples, pictures = [], []
+    for i, size in enumerate([(90, 60), (50, 120), (64, 64), (200, 150), (33, 70)]):
+        picture = Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        picture.save(tmp_path / f"{i}.png")
+        samples.append(data.Sample(str(tmp_path / f"{i}.png"), 0, None, "a", "a"))
+        pictures.append(picture)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(48, scale=(0.7, 1), interpolation=bicubic)
+    one = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    torch.manual_seed(5)
+    images = minimaxad.augmented(samples, 48, torch.device("cpu"))
+    assert images.shape == (5, 3, 48, 48) and 0 <= images.min() and images.max() <= 1
+    torch.manual_seed(5)
+    torch.testing.assert_close(images, torch.stack([one(picture) for picture in pictures]))
+    assert minimaxad.augmented([], 48, torch.device("cpu")).shape == (0, 3, 48, 48)

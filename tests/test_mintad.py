@@ -1,12 +1,19 @@
 """mintad.py: the paper's parameter counts and shapes, and its equations against independent code."""
+import argparse
+import json
 import math
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
 import mintad
+from test_minimaxad import fill
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
@@ -313,3 +320,112 @@ def test_paper_figures():
     ("--query learned --no-prior-loss", .977), ("--no-prior-loss", .981), ("--query learned", .983), ("", .986)])
 def test_every_row_of_tables_4_and_5_has_its_figure(flags, i_auroc):
     assert figures("--data", "mvtec", "--unified", *flags.split())["mean"]["i_auroc"] == i_auroc
+
+
+# -------------------------------------------------------------------------------- the values of UniAD's own code
+
+
+def authors_name(ours):
+    """UniAD's name of one of our tensors."""
+    for pattern, theirs in [(r"transformer\.(row|col)_embed", r"pos_embed.\1_embed"),
+                            (r"transformer\.(\w+_proj)", r"\1"),
+                            (r"transformer\.norm", "transformer.decoder.norm"),
+                            (r"transformer\.(en|de)coder", r"transformer.\1coder.layers")]:
+        if re.match(pattern, ours):
+            return re.sub(pattern, theirs, ours)
+
+
+def test_uniad_gives_the_values_of_its_authors_code():
+    """At full size, every tensor filled from its name; 64 values of each output, flat, as B x C x H x W."""
+    golden = json.loads(Path(__file__).with_name("uniad_values.json").read_text())
+    theirs = fill(golden["keys"])
+    model = mintad.MINTAD(272, 14, 14, 15, query="layerwise", uniad=True).eval()
+    state = {ours: theirs.pop(authors_name(ours))
+             for ours in model.state_dict() if ours.startswith("transformer.")}
+    embeds = [theirs.pop(f"transformer.decoder.layers.{i}.learned_embed.weight") for i in range(4)]
+    assert not theirs
+    model.load_state_dict(state | {"query": torch.stack(embeds)[None], "mean": model.mean, "std": model.std})
+    image = torch.randn(2, 272, 14, 14, generator=torch.Generator().manual_seed(77))
+    with torch.no_grad():
+        f_, r, _, _ = model(image.flatten(2).transpose(1, 2))
+        maps = mintad.upsample(mintad.anomaly_map(f_, r, 14, 14), 224)
+    r = r.transpose(1, 2).flatten()  # B x C x P
+    assert r.abs().mean().item() == pytest.approx(golden["rec_mean"], rel=1e-5)
+    for ours, values in (r, golden["rec"]), (maps.flatten(), golden["map"]):
+        torch.testing.assert_close(ours[::len(ours) // 64][:64], torch.tensor(values), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- Muon
+
+
+def test_muon_takes_the_transformers_matrices_and_adamw_all_else():
+    model = mintad.MINTAD(12, 8, 8, 3, layers=2)
+    settings = argparse.Namespace(optimizer="muon", weight_decay=1e-4)
+    (adamw, _), (muon, _) = mintad.optimizers(model, settings, torch.device("cpu"))
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    attention = ["self_attn.in_proj_weight", "self_attn.out_proj.weight"]
+    cross = [name.replace("self", "multihead") for name in attention]
+    matrices = {f"transformer.{part}.{i}.{name}" for i in range(2) for part, attentions in
+                (("encoder", attention), ("decoder", attention + cross))
+                for name in (*attentions, "linear1.weight", "linear2.weight")}
+    matrices |= {"transformer.input_proj.weight", "transformer.output_proj.weight"}
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken = [[names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+             for optimizer in (adamw, muon)]
+    assert sorted(taken[1]) == sorted(matrices)
+    assert sorted(taken[0] + taken[1]) == sorted(names.values())  # each once
+    settings.optimizer = "adamw"
+    assert len(mintad.optimizers(model, settings, torch.device("cpu"))) == 1
+
+
+class Unshuffle(nn.Module):
+    """Images B x 3 x 32 x 32 -> features B x 64 x 48: at each of 8 x 8 positions those of 4 x 4 pixels."""
+
+    H = W = 8
+    C = 48
+
+    def forward(self, image):
+        return F.pixel_unshuffle(image, 4).flatten(2).transpose(1, 2)
+
+
+def test_muon_learns_and_goes_on_bit_by_bit_after_an_interruption(tmp_path, monkeypatch):
+    rng, cpu = np.random.default_rng(0), torch.device("cpu")
+    images = (rng.random((8, 1, 1, 3)) * 200 + rng.random((8, 32, 32, 3)) * 50).astype(np.uint8)
+    samples = [data.Sample(str(i), 0, None, "ab"[i % 2], "ab"[i % 2]) for i in range(8)]
+    args = mintad.parse("--optimizer muon --epochs 6 --batch-size 8 --lr 1e-3".split())  # epochs of one step
+    settings = {key: getattr(args, key) for key in mintad.SETTINGS}
+    fresh = dict.fromkeys(mintad.STATE) | dict(settings=settings, name="seed1", seed=1, classes=["a", "b"],
+                                               epoch=0)
+
+    def model():
+        torch.manual_seed(0)
+        model = mintad.MINTAD(48, 8, 8, 2, layers=1, D=64)
+        model.backbone = Unshuffle()
+        return model
+
+    def loss(model):
+        f, label = model.backbone(mintad.to_device(images, cpu)), mintad.labels_of(samples, ["a", "b"])
+        return mintad.objective(model, model.eval()(f, label), label)[1]["mse"].item()
+
+    def train(model, state):
+        mintad.train(model, state, samples, images, np.arange(8), tmp_path, cpu)
+
+    def save_and_stop(folder, state, save=mintad.save):
+        save(folder, state)
+        if state["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    straight = model()
+    straight.mean, straight.std = mintad.channel_statistics(straight.backbone(mintad.to_device(images, cpu)))
+    first = loss(straight)
+    train(straight, dict(fresh))
+    assert loss(straight) < 0.95 * first
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mintad, "save", save_and_stop)
+        train(model(), dict(fresh))
+    state, resumed = mintad.read_state(tmp_path / "seed1.pt"), model()
+    assert state["epoch"] == 3 and len(state["optimizer"]) == 2
+    mintad.fill(resumed, state)
+    train(resumed, state)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
