@@ -1,12 +1,12 @@
 """MiniMaxAD: A Lightweight Autoencoder for Feature-Rich Anomaly Detection, arXiv 2405.09933.
 
-A frozen ImageNet network (UniRepLKNet-N) turns an image into feature maps at three scales. A bottleneck and a decoder
-that mirrors the network learn to reproduce these maps for normal images; where they fail, the image is anomalous.
+A frozen ImageNet network (UniRepLKNet-N) turns an image into feature maps at three scales. A bottleneck and a
+decoder that mirrors the network learn to reproduce those of normal images; where they fail is an anomaly.
 
-    python minimaxad.py                                                # built-in toy set, no data, no download
-    python minimaxad.py --data goodsad --weights unireplknet_n.pth     # MiniMaxAD-fr, one model per class (Table 4)
-    torchrun --nproc_per_node=4 minimaxad.py --data mvtec --unified --weights unireplknet_n.pth        # Table 3
-    python minimaxad.py --data visa --unified --arch rd                # the baseline (Table 7, first line)
+    python minimaxad.py                                              # built-in toy set, no data, no download
+    python minimaxad.py --data goodsad --weights unireplknet_n.pth   # MiniMaxAD-fr, one per class (Table 4)
+    torchrun --nproc_per_node=4 minimaxad.py --data mvtec --unified --weights unireplknet_n.pth  # Table 3
+    python minimaxad.py --data visa --unified --arch rd              # the baseline (Table 7, first line)
     python minimaxad.py --eval runs/minimaxad-goodsad-separate/seed1-drink_can.pt --predict photos/
 
     B  batch    C  channels    H, W  height, width    k = 1, 2, 3  scale, at strides 4, 8, 16
@@ -15,16 +15,14 @@ that mirrors the network learn to reproduce these maps for normal images; where 
 
 Details of the implementation and where each comes from:
 
- 1. Encoder: UniRepLKNet's stages 1 to 3, frozen, fused; each output passes a LayerNorm without learned values (authors'
-    code: its norm0..2 are not in the ImageNet checkpoint). Any timm CNN can take its place.
- 2. Bottleneck and decoder have no bias in their own convolutions and start by Kaiming, fan out (authors' code).
+ 1. Encoder: UniRepLKNet's stages 1 to 3, frozen, fused; each output passes a LayerNorm without learned values
+    (authors' code: its norm0..2 are not in the ImageNet checkpoint). Any timm CNN can take its place.
+ 2. Bottleneck's and decoder's own convolutions have no bias and start by Kaiming, fan out (authors' code).
  3. Eq. 4's index 0 is a slip for 1. Eq. 8 compares S^2 with a quantile of S (paper and authors' code).
- 4. Test: the map is S, blurred (sigma 4), the score its maximum (Reverse Distillation, the authors' first evaluation).
- 5. AdamW, lr 5e-3, x 0.995 each epoch, weight decay 5e-5 (authors' code 1e-5), the last incomplete batch is kept.
- 6. Over several processes every loss, quantile, count and BatchNorm is that of the global batch: the gradient is one
-    process's, up to rounding.
- 7. The random state is set from (seed, epoch, process) at the start of each epoch, so that a resumed run needs no more
-    than the checkpoint to continue bit by bit.
+ 4. Test: S is blurred (sigma 4), the score its maximum (Reverse Distillation, the authors' first evaluation).
+ 5. AdamW, lr 5e-3, x 0.995 each epoch, weight decay 5e-5 (authors' code 1e-5), the last batch is kept.
+ 6. Over several processes every loss, quantile, count and BatchNorm is that of the global batch.
+ 7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit by bit.
 
 Where the paper and the authors' code disagree, or this file departs from both, the line says so.
 """
@@ -59,9 +57,9 @@ import metrics
 
 # ---------------------------------------------------------------- settings
 
-PAPER = dict(data="toy", root=None, normals="01234", arch="minimax", backbone="unireplknet_n", size=256, crop=None,
-             batch_size=16, lr=5e-3, gamma=0.995, weight_decay=5e-5, p_hard=0.9999, p_lim=0.9995, holdout=0.0,
-             score="max", augment=False, amp=False, seed=[1])
+PAPER = dict(data="toy", root=None, normals="01234", arch="minimax", backbone="unireplknet_n", size=256,
+             crop=None, batch_size=16, lr=5e-3, gamma=0.995, weight_decay=5e-5, p_hard=0.9999, p_lim=0.9995,
+             holdout=0.0, score="max", augment=False, amp=False, seed=[1])
 PRESETS = {  # (set, unified?): adc is MiniMaxAD-fr, for feature-rich sets, global MiniMaxAD-fp
     ("goodsad", False): dict(size=224, epochs=240, loss="adc"),
     ("mad", False): dict(size=400, epochs=150, loss="adc"),
@@ -71,9 +69,11 @@ PRESETS = {  # (set, unified?): adc is MiniMaxAD-fr, for feature-rich sets, glob
     ("aebad", False): dict(size=256, crop=224, epochs=130, loss="global"),
 }
 RD = dict(backbone="wide_resnet50_2.tv_in1k", epochs=200, gamma=1.0, weight_decay=0.0, loss="global")
-TOY = dict(unified=True, size=128, epochs=6, loss="adc", backbone="unireplknet_a", weights="none", holdout=0.1)
-SETTINGS = ("data", "unified", "classes", "normals", "arch", "backbone", "weights", "loss", "p_hard", "p_lim", "size",
-            "crop", "augment", "epochs", "batch_size", "lr", "weight_decay", "gamma", "amp", "holdout", "score")
+TOY = dict(unified=True, size=128, epochs=6, loss="adc", backbone="unireplknet_a", weights="none",
+           holdout=0.1)
+SETTINGS = ("data", "unified", "classes", "normals", "arch", "backbone", "weights", "loss", "p_hard", "p_lim",
+            "size", "crop", "augment", "epochs", "batch_size", "lr", "weight_decay", "gamma", "amp",
+            "holdout", "score")
 
 # ---------------------------------------------------------------- layers
 
@@ -87,13 +87,14 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # B x C x H x W
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose training statistics are those of the global batch, on a CPU too (torch's SyncBatchNorm: GPUs)."""
+    """BatchNorm with the global batch's training statistics, on a CPU too (torch's SyncBatchNorm: GPUs)."""
 
     def forward(self, x):
         if not self.training or processes() == 1:
             return super().forward(x)
         y = x.float()
-        sums = torch.cat([y.sum((0, 2, 3)), y.square().sum((0, 2, 3)), y.new_full((1,), y[:, 0].numel())])  # 2C + 1
+        n = y.new_full((1,), y[:, 0].numel())
+        sums = torch.cat([y.sum((0, 2, 3)), y.square().sum((0, 2, 3)), n])  # 2C + 1
         sums = dist.nn.all_reduce(sums)  # its gradient is summed over the processes, too
         n, (mean, square) = sums[-1], (sums[:-1] / sums[-1]).chunk(2)
         var = square - mean.square()
@@ -130,7 +131,7 @@ class SE(nn.Module):
         return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 class Depthwise(nn.Conv2d):
-    """Depthwise convolution. On a CPU never in bfloat16: torch's weight gradient of a dilated one is wrong there."""
+    """Depthwise convolution. On a CPU not in bfloat16: torch's weight gradient, dilated, is wrong there."""
 
     def __init__(self, channels, kernel, dilation=1):
         super().__init__(channels, channels, kernel, padding=dilation * (kernel - 1) // 2, dilation=dilation,
@@ -167,14 +168,15 @@ class DilatedReparam(nn.Module):
         merged, *others = (fold(conv, bn) for conv, bn in self.branches())
         for conv in others:
             reach, step = conv.padding[0], conv.dilation[0]
-            inside = slice(6 - reach, 7 + reach, step)  # where the dilated kernel's taps fall in the large one
+            inside = slice(6 - reach, 7 + reach, step)  # where its taps fall in the large kernel
             merged.weight.data[:, :, inside, inside] += conv.weight.data
             merged.bias.data += conv.bias.data
         return merged
 
 def layout(x):
-    """Channels last on CPU, which trains faster there; first elsewhere, as torch's own CUDA depthwise kernels are."""
-    return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" else torch.contiguous_format)
+    """Channels last on a CPU, where it trains faster; first elsewhere, as torch's CUDA depthwise kernels."""
+    last = x.device.type == "cpu"
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 class Block(nn.Module):
     """UniRepLKNet's block: SmaK with a depthwise 3 x 3, LarK with the dilated reparam 13 x 13 convolution."""
@@ -206,7 +208,8 @@ class Residual(nn.Module):
             convs = [conv(in_channels, width, 3, mode), conv(width, out_channels, 3)]
         else:
             convs = [conv(in_channels, width, 1), conv(width, width, 3, mode), conv(width, out_channels, 1)]
-        self.residual = nn.Sequential(*[m for c in convs for m in (c, BatchNorm(c.out_channels), nn.ReLU())][:-1])
+        layers = [m for c in convs for m in (c, BatchNorm(c.out_channels), nn.ReLU())]
+        self.residual = nn.Sequential(*layers[:-1])
         self.shortcut = nn.Sequential()
         if mode != "same" or in_channels != out_channels:
             self.shortcut = nn.Sequential(conv(in_channels, out_channels, 1, mode), BatchNorm(out_channels))
@@ -234,10 +237,10 @@ def fold(layer, bn):
     return layer
 
 def fuse(model):
-    """A copy of the model for inference that gives, up to rounding, the same output as the model in eval mode.
+    """A copy of the model for inference that gives, up to rounding, the model's output in eval mode.
 
-    Each dilated reparam becomes one convolution, each BatchNorm goes into the layer before it (taken to be the one
-    registered before it, as it is here and in timm), each GRN's beta into the layer after it.
+    A dilated reparam becomes one convolution, a BatchNorm goes into the layer registered before it (here and
+    in timm the one that feeds it), a GRN's beta into the layer after it.
     """
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
@@ -256,7 +259,7 @@ def fuse(model):
 
 # ---------------------------------------------------------------- model
 
-UNIREPLKNET = {  # channels of the first stage, doubled from stage to stage; kernel sizes of the blocks of stages 1 to 3
+UNIREPLKNET = {  # channels of stage 1, doubled from stage to stage; kernels of the blocks of stages 1 to 3
     "unireplknet_a": (40, [3] * 2, [13] * 2, [13] * 6),
     "unireplknet_f": (48, [3] * 2, [13] * 2, [13] * 6),
     "unireplknet_p": (64, [3] * 2, [13] * 2, [13] * 6),
@@ -281,7 +284,7 @@ class UniRepLKNet(nn.Module):
             nn.Sequential(nn.Conv2d(2 * c, 4 * c, 3, 2, 1), LayerNorm(4 * c)),
         ])
         self.stages = nn.ModuleList(map(stage, self.channels, self.kernels))
-        # The authors' norm0..2 are not in the ImageNet checkpoint and not trained: weight 1 and bias 0 to the end.
+        # The authors' norm0..2 are not in the ImageNet checkpoint and not trained: weight 1, bias 0.
         self.norms = nn.ModuleList(LayerNorm(channels, learned=False) for channels in self.channels)
 
     def forward(self, image):
@@ -304,7 +307,8 @@ class TimmEncoder(nn.Module):
             shape = self.net.eval()(torch.zeros(1, 3, 64, 64))[0].shape
         except Exception as error:  # no such tag, no features, no such stride, not made for 64 pixels
             reason = " ".join(str(error).split())[:150]
-            raise data.DataError(f"--backbone {name}: not a CNN with features at strides 4, 8, 16 ({reason})") from None
+            raise data.DataError(f"--backbone {name}: not a CNN with features at strides 4, 8, 16 "
+                                 f"({reason})") from None
         self.kernels, self.channels = UNIREPLKNET["unireplknet_n"][1:], self.net.feature_info.channels()
         if shape != (1, self.channels[0], 16, 16):
             raise data.DataError(f"--backbone {name}: not a CNN, its features are {tuple(shape)}")
@@ -317,14 +321,15 @@ def load_encoder(name, weights):
 
     name: a key of UNIREPLKNET or any timm CNN that has features at strides 4, 8 and 16.
     weights: a checkpoint FILE; "none": untrained; None: timm's download.
-    Its buffers mean and std, 3 x 1 x 1, standardise RGB in 0..1. Raises DataError: see TimmEncoder and load_weights.
+    Its buffers mean and std, 3 x 1 x 1, standardise RGB in 0..1. DataError: as TimmEncoder and load_weights.
     """
     mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
     if name in UNIREPLKNET:
         encoder = UniRepLKNet(name)
         if weights is None:
-            raise data.DataError(f"--backbone {name}: pass --weights FILE, an ImageNet-1K checkpoint linked from "
-                                 "https://github.com/AILab-CVC/UniRepLKNet, or --weights none for an untrained encoder")
+            raise data.DataError(f"--backbone {name}: pass --weights FILE, an ImageNet-1K checkpoint linked "
+                                 "from https://github.com/AILab-CVC/UniRepLKNet, or --weights none for an "
+                                 "untrained encoder")
         load_weights(encoder, name, weights, authors_key)
     elif timm.is_model(name):
         encoder = TimmEncoder(name)
@@ -340,12 +345,13 @@ def load_encoder(name, weights):
 
 def authors_key(key):
     """A tensor's name in the authors' UniRepLKNet files."""
-    for ours, theirs in (("pwconv1", "pwconv1.1"), ("grn", "act.1"), ("pwconv2", "pwconv2.0"), ("norm2", "pwconv2.2")):
+    names = {"pwconv1": "pwconv1.1", "grn": "act.1", "pwconv2": "pwconv2.0", "norm2": "pwconv2.2"}
+    for ours, theirs in names.items():
         key = key.replace(f".{ours}.", f".{theirs}.")
     return key
 
 class Bottleneck(nn.Module):
-    """Brings three maps to the size and width of the third, then `compress`es them: -> B x 2C_3 x H_3/2 x W_3/2."""
+    """Three maps, brought to the size and width of the third, `compress`ed: -> B x 2C_3 x H_3/2 x W_3/2."""
 
     def __init__(self, channels, compress):
         super().__init__()
@@ -387,12 +393,13 @@ def reverse_distillation(encoder):
     """Bottleneck and decoder of the baseline: residual stages. DataError if the encoder is no timm ResNet."""
     layers = [getattr(getattr(encoder, "net", None), f"layer{k}", None) for k in (1, 2, 3)]
     if None in layers:
-        raise data.DataError("--arch rd needs a ResNet: --backbone wide_resnet50_2.tv_in1k, resnet18.tv_in1k, ...")
+        raise data.DataError("--arch rd needs a ResNet: --backbone wide_resnet50_2.tv_in1k, "
+                             "resnet18.tv_in1k, ...")
     outputs, stages = encoder.channels, []
     widths, depths = [layer[0].conv1.out_channels for layer in layers], [len(layer) for layer in layers]
     channels = 2 * outputs[2]
     compress = residual_stage(3 * outputs[2], 2 * widths[2], channels, "down", depths[0])
-    for width, output, depth in zip(widths[::-1], outputs[::-1], depths):  # depths not reversed: so in RD's code
+    for width, output, depth in zip(widths[::-1], outputs[::-1], depths):  # depths: not reversed, as RD's
         stages.append(residual_stage(channels, width, output, "up", depth))
         channels = output
     return Bottleneck(outputs, compress), Decoder(stages)
@@ -402,9 +409,9 @@ def residual_stage(in_channels, width, out_channels, mode, depth):
                          *(Residual(out_channels, width, out_channels) for _ in range(depth - 1)))
 
 class MiniMaxAD(nn.Module):
-    """Frozen encoder, bottleneck and decoder: standardised images B x 3 x H x W -> encoder's maps, decoder's maps.
+    """Frozen encoder, bottleneck and decoder: standardised images B x 3 x H x W -> encoder's, decoder's maps.
 
-    arch: "minimax", or "rd" for Reverse Distillation, which needs a timm ResNet as encoder (otherwise DataError).
+    arch: "minimax", or "rd" for Reverse Distillation, whose encoder is a timm ResNet (otherwise DataError).
     """
 
     def __init__(self, encoder, arch="minimax"):
@@ -425,14 +432,10 @@ class MiniMaxAD(nn.Module):
             encoder_maps = self.encoder(image)
         return encoder_maps, self.decoder(self.bottleneck(encoder_maps))
 
-def storage(model):
-    """Size of the model's tensors in MiB."""
-    return sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
-
 # ---------------------------------------------------------------- losses
 #
-# Every loss is this process's part of the loss of the global batch, which may be split unevenly: the parts add up to
-# what one process gets for the whole batch, and so do their gradients.
+# Every loss is this process's part of the loss of the global batch, which may be split unevenly: the parts,
+# and so their gradients, add up to what one process gets for the whole batch.
 
 def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -444,7 +447,7 @@ def total_size(size):
 def quantile(x, p):
     """p-quantile of the elements of x over all processes, interpolated linearly as torch.quantile does.
 
-    Exact for any number of elements (torch.quantile refuses more than 2^24 before torch 2.15) and fast for p near 1.
+    Exact for any number of elements (torch.quantile before 2.15: up to 2^24) and fast for p near 1.
     """
     x = x.detach().flatten()
     n = total_size(x.numel())
@@ -468,7 +471,7 @@ def variance(x):
 def adc_threshold(S, p_hard=0.9999, p_lim=0.9995):
     """Eq. 8: the value of S^2 from which on a pixel is mined, as a tensor without dimensions."""
     S = S.detach()
-    alpha = quantile(S, p_hard)  # of S, although it is S^2 that is compared: so in the paper and in the authors' code
+    alpha = quantile(S, p_hard)  # of S, although S^2 is compared: so in the paper and in the authors' code
     beta = quantile(S.square(), p_lim)
     sigma2 = variance(S)
     A = total((S.square() >= alpha - sigma2).sum())
@@ -498,11 +501,11 @@ def global_loss(encoder_maps, decoder_maps):
     """Eq. 2: 1 - cosine of the flattened maps, summed over the scales, mean over the batch."""
     batch = total_size(len(encoder_maps[0]))
     pairs = zip(encoder_maps, same_size(encoder_maps, decoder_maps))
-    distances = [1 - F.cosine_similarity(e.float().flatten(1), d.float().flatten(1)) for e, d in pairs]  # 3 times B
-    return sum(distances).sum() / batch
+    flat = [(e.float().flatten(1), d.float().flatten(1)) for e, d in pairs]
+    return sum(1 - F.cosine_similarity(e, d) for e, d in flat).sum() / batch
 
 def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0.9995):
-    """The loss "local", "local-hm", "adc" or "global" of size x size images, and how many pixels in all enter it."""
+    """The loss "local", "local-hm", "adc" or "global" of size x size images; the pixels that enter it."""
     if name == "global":
         pixels = total_size(len(encoder_maps[0])) * size**2
         return global_loss(encoder_maps, decoder_maps), encoder_maps[0].new_tensor(pixels)
@@ -517,7 +520,8 @@ def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0
 
 def same_size(encoder_maps, decoder_maps):
     """The decoder's maps, resized (nearest) to the encoder's: at 400 pixels 104, 52, 26 to 100, 50, 25."""
-    return [d if d.shape == e.shape else F.interpolate(d, e.shape[2:]) for e, d in zip(encoder_maps, decoder_maps)]
+    pairs = zip(encoder_maps, decoder_maps)
+    return [d if d.shape == e.shape else F.interpolate(d, e.shape[2:]) for e, d in pairs]
 
 def anomaly_map(encoder_maps, decoder_maps, size, mode):
     """Eq. 4: S, B x H x W with (H, W) = size or (size, size), from 0 (as expected) to 6.
@@ -531,7 +535,7 @@ def anomaly_map(encoder_maps, decoder_maps, size, mode):
     return S  # authors' code: S / 3 at test time
 
 def gaussian_blur(S, radius, mirror, sigma=4.0):
-    """B x H x W convolved with a Gaussian cut off at radius; beyond the border zero, or mirrored (c b a | a b c)."""
+    """B x H x W convolved with a Gaussian cut off at radius; the border zero or mirrored (c b a | a b c)."""
     offsets = torch.arange(-radius, radius + 1, device=S.device)
     weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
     weights = weights / weights.sum()
@@ -549,12 +553,13 @@ def gaussian_blur(S, radius, mirror, sigma=4.0):
 def image_score(S, score="max"):
     """The blurred map, B x H x W, and the image scores, B. score:
 
-    "max", "mean": of the map blurred as by scipy.ndimage.gaussian_filter(sigma=4) (Reverse Distillation and the
-    authors' first evaluation; the mean: CIFAR-10).
-    "max5x5", "top1": the maximum, or the mean of the top 1 %, after a 5 x 5 kernel of sigma 4 with zeros beyond the border
-    (the authors' later evaluations, the former on VisA).
+    "max", "mean" (CIFAR-10): of the map blurred as by scipy.ndimage.gaussian_filter(sigma=4) (Reverse
+    Distillation and the authors' first evaluation).
+    "max5x5", "top1": maximum, or mean of the top 1 %, after a 5 x 5 kernel of sigma 4 with zeros beyond the
+    border (the authors' later evaluations, the former on VisA).
     """
-    S = gaussian_blur(S, 2, mirror=False) if score in ("max5x5", "top1") else gaussian_blur(S, 16, mirror=True)
+    small = score in ("max5x5", "top1")
+    S = gaussian_blur(S, 2, mirror=False) if small else gaussian_blur(S, 16, mirror=True)
     pixels = S.flatten(1)  # B x HW
     if score == "top1":
         return S, pixels.topk(max(1, pixels.shape[1] // 100)).values.mean(1)
@@ -570,12 +575,13 @@ def map_variance(maps):
 # ---------------------------------------------------------------- train
 
 def train(model, state, samples, images, index, folder, device):
-    """Train bottleneck and decoder in place on images[index], a checkpoint after each epoch, from where state stops."""
+    """Train bottleneck and decoder in place on images[index], from where state stops; saved each epoch."""
     s = argparse.Namespace(**state["settings"])
     size, name = s.crop or s.size, state["name"]
     parameters = [p for p in model.parameters() if p.requires_grad]
     Adam, betas = (torch.optim.Adam, (0.5, 0.999)) if s.arch == "rd" else (torch.optim.AdamW, (0.9, 0.999))
-    optimizer = Adam(parameters, s.lr, betas, weight_decay=s.weight_decay, fused=device.type in ("cpu", "cuda"))
+    fused = device.type in ("cpu", "cuda")
+    optimizer = Adam(parameters, s.lr, betas, weight_decay=s.weight_decay, fused=fused)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
@@ -583,13 +589,17 @@ def train(model, state, samples, images, index, folder, device):
         start, losses, mined = time.time(), 0.0, 0.0
         for group in optimizer.param_groups:
             group["lr"] = s.lr * s.gamma**epoch  # ExponentialLR
-        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1_000_003 * state["seed"] + epoch))
-        torch.manual_seed((1_000_003 * state["seed"] + epoch) * 4099 + RANK)  # augmentation; nothing else is random
+        seed = 1_000_003 * state["seed"] + epoch
+        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed * 4099 + RANK)  # augmentation; nothing else is random
         model.train()
         batches = order.split(s.batch_size)
         for batch in progress(batches, f"{name} epoch {epoch + 1}"):
-            part = index[batch[RANK::WORLD].numpy()]  # each process takes its share of the same global batch, maybe none
-            x = augmented([samples[i] for i in part], size, device) if s.augment else to_device(images[part], device)
+            part = index[batch[RANK::WORLD].numpy()]  # this process's share of the global batch, maybe none
+            if s.augment:
+                x = augmented([samples[i] for i in part], size, device)
+            else:
+                x = to_device(images[part], device)
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
                 encoder_maps, decoder_maps = parallel((x - model.encoder.mean) / model.encoder.std)
             loss, count = training_loss(s.loss, encoder_maps, decoder_maps, size, s.p_hard, s.p_lim)
@@ -599,17 +609,20 @@ def train(model, state, samples, images, index, folder, device):
             losses, mined = losses + loss.detach(), mined + count
         loss, mined = total(losses).item() / len(batches), mined.item() / len(batches)
         if not math.isfinite(loss):
-            raise data.DataError(f"training diverged in epoch {epoch + 1}; the last checkpoint is good. Lower --lr")
+            raise data.DataError(f"training diverged in epoch {epoch + 1}; the last checkpoint is good. "
+                                 "Lower --lr")
         spread = [map_variance(maps).item() for maps in (encoder_maps, decoder_maps)]
-        log(f"{name} epoch {epoch + 1}/{s.epochs}: {s.loss} loss {loss:.5f}, mined pixels {mined:.0f}, variance of the "
-            f"maps {spread[0]:.5f} encoder {spread[1]:.5f} decoder, {time.time() - start:.1f} s")
+        log(f"{name} epoch {epoch + 1}/{s.epochs}: {s.loss} loss {loss:.5f}, mined pixels {mined:.0f}, "
+            f"variance of the maps {spread[0]:.5f} encoder {spread[1]:.5f} decoder, "
+            f"{time.time() - start:.1f} s")
         state.update(epoch=epoch + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
         save(folder, state)
 
 def augmented(samples, size, device):
-    """The authors' augmentation for AeBAD: random resized crop of the whole image and flip; B x 3 x size x size in 0..1."""
+    """The authors' augmentation for AeBAD, random resized crop and flip: B x 3 x size x size in 0..1."""
     from torchvision.transforms import v2
-    one = v2.Compose([v2.RandomResizedCrop(size, scale=(0.7, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+    bicubic = v2.InterpolationMode.BICUBIC
+    one = v2.Compose([v2.RandomResizedCrop(size, scale=(0.7, 1.0), interpolation=bicubic),
                       v2.RandomHorizontalFlip(), v2.PILToTensor()])
     with ThreadPoolExecutor() as threads:
         images = [one(image) for image in threads.map(data.read_image, [sample.image for sample in samples])]
@@ -630,21 +643,6 @@ class Inference(nn.Module):
         maps = self.model((image - encoder.mean) / encoder.std)
         return image_score(anomaly_map(*maps, self.size, "bilinear"), self.score)
 
-@torch.no_grad()
-def infer(network, images, device, *labels, quiet=False):
-    """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
-
-    Every process computes its share; process 0 gets all, the others None for each output.
-    """
-    N = len(images)
-    mine = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on every process; the surplus is cut off
-    parts = []
-    for batch in progress(mine.split(4 if device.type == "cpu" else 32), "evaluate", quiet):  # 4: see README, "Cost"
-        x = to_device(images[batch.numpy()], device)
-        parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
-    outputs = [gather(torch.cat(part)) for part in zip(*parts)]
-    return [None if output is None else output[:N].numpy() for output in outputs]
-
 def evaluate(model, state, test, images, masks, args, folder, device):
     """{row: metrics} of the test images of the model's classes; with --save-maps their pictures."""
     index = [i for i, sample in enumerate(test) if args.data == "cifar10" or sample.cls in state["classes"]]
@@ -653,25 +651,6 @@ def evaluate(model, state, test, images, masks, args, folder, device):
     network = Inference(model, args.crop or args.size, args.score)
     maps, scores = infer(network, images[index], device)
     return measure(args, state, [test[i] for i in index], images[index], masks[index], maps, scores, folder)
-
-def calibrate(model, state, samples, images, held_out, device):
-    """What normal images look like to the model: see metrics.calibrate. None on other processes than the first."""
-    settings = state["settings"]
-    maps, scores = infer(Inference(model, images.shape[1], settings["score"]), images, device)
-    if RANK == 0:
-        return metrics.calibrate(maps, scores, [sample.cls for sample in samples], held_out)
-
-def build_backbone(settings, weights):
-    return load_encoder(settings["backbone"], weights)
-
-def build(settings, encoder, classes):
-    return MiniMaxAD(encoder, settings["arch"])
-
-def restore(state, device):
-    """The model from a checkpoint alone."""
-    model = MiniMaxAD(load_encoder(state["settings"]["backbone"], "none"), state["settings"]["arch"])
-    fill(model, state)
-    return model.to(device).eval()
 
 # ---------------------------------------------------------------- a run and its files
 
@@ -685,16 +664,18 @@ def train_run(args, device):
     dataset, *test = load(args)
     images = decode(args, dataset.train, "training images")
     held_out = data.hold_out(dataset.train, args.holdout)
+    if args.weights == "none":
+        log("warning: the backbone is untrained (--weights none): good enough to see the code run, not for results")
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
     backbone = build_backbone(settings, args.weights)
     for seed in args.seed:
         for classes in [dataset.classes] if args.unified else [[cls] for cls in dataset.classes]:
             of_classes = np.array([sample.cls in classes for sample in dataset.train])
             index, kept = np.flatnonzero(of_classes & ~held_out), np.flatnonzero(of_classes & held_out)
-            state = dict(name=f"seed{seed}", settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
-                         images=data.listing([dataset.train[i] for i in index]), model=None, optimizer=None, normal=None)
-            if not args.unified:
-                state["name"] += f"-{classes[0].replace('/', '_')}"
+            listing = data.listing([dataset.train[i] for i in index])
+            name = f"seed{seed}" if args.unified else f"seed{seed}-{classes[0].replace('/', '_')}"
+            state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
+                         images=listing, model=None, optimizer=None, normal=None)
             torch.manual_seed(seed)
             model = build(settings, backbone, classes).to(device)
             if args.resume:
@@ -708,7 +689,8 @@ def train_run(args, device):
                 state["normal"] = calibrate(model, state, samples, images[seen], len(kept) > 0, device)
                 state["optimizer"] = None  # it is not needed any more
                 save(folder, state)
-            results.setdefault(seed, {}).update(evaluate(model, state, dataset.test, *test, args, folder, device))
+            rows = evaluate(model, state, dataset.test, *test, args, folder, device)
+            results.setdefault(seed, {}).update(rows)
     report(args, results, folder)
 
 def eval_run(args, device):
@@ -718,7 +700,7 @@ def eval_run(args, device):
     folder, results = claim(args), {}
     for state in states:
         if state["normal"] is None:
-            log(f"warning: {state['name']}: its training stopped after epoch {state['epoch']} of {args.epochs}")
+            log(f"warning: {state['name']}: training stopped after epoch {state['epoch']} of {args.epochs}")
     dataset, *test = load(args)
     for cls in set(dataset.classes) - {cls for state in states for cls in state["classes"]}:
         log(f"warning: class '{cls}' was not trained and is left out")
@@ -728,7 +710,7 @@ def eval_run(args, device):
     report(args, results, folder)
 
 def load(args):
-    """The data set, its test images and their masks; DataError if there is nothing to train on or to evaluate."""
+    """The data set, its test images and masks; DataError if there is nothing to train on or to evaluate."""
     dataset = data.load(args.data, args.root, args.classes, args.normals, log=log)
     if not (dataset.test if args.eval else dataset.train):
         raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
@@ -744,6 +726,13 @@ def decode(args, samples, name):
     if LOCAL_RANK == 0 and cache:
         total(torch.zeros(1))
     return array
+
+def calibrate(model, state, samples, images, held_out, device):
+    """What normal images look like to the model: see metrics.calibrate. None on all but the first process."""
+    settings = state["settings"]
+    maps, scores = infer(Inference(model, images.shape[1], settings["score"]), images, device)
+    if RANK == 0:
+        return metrics.calibrate(maps, scores, [sample.cls for sample in samples], held_out)
 
 def measure(args, state, samples, images, masks, maps, scores, folder):
     """{row: metrics}, with --save-maps also the pictures; on the other processes than the first nothing."""
@@ -765,7 +754,7 @@ def report(args, results, folder):
         log(f"written to {folder}")
 
 def claim(args):
-    """The run's folder: --out, or runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint. See data.claim."""
+    """The run's folder: --out, runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint."""
     default = Path("runs", f"{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
     if args.eval:
         source = Path(args.eval)
@@ -789,7 +778,7 @@ def save(folder, state):
         raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); {left}") from None
 
 def read_state(path, like=None):
-    """A checkpoint; DataError if it is none of this version, or of other settings than those of the state `like`."""
+    """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
     state = read_tensors(path)
     if not (set(STATE) <= state.keys() and isinstance(state["settings"], dict)
             and set(SETTINGS) <= state["settings"].keys()):
@@ -797,12 +786,12 @@ def read_state(path, like=None):
     for key in SETTINGS if like else ():
         mine, theirs = state["settings"][key], like["settings"][key]
         if mine != theirs:
-            raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same arguments, another "
-                                 "--out, or the name of one checkpoint")
+            raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same "
+                                 "arguments, another --out, or the name of one checkpoint")
     return state
 
 def resume(folder, state):
-    """The state in the folder, or the given one if there is none. DataError that names the first difference."""
+    """The state in the folder, or the given one if there is none. DataError for other settings or images."""
     path = folder / f"{state['name']}.pt"
     if not path.exists():
         log(f"{path}: no checkpoint yet, starting from the beginning")
@@ -810,8 +799,8 @@ def resume(folder, state):
     found = read_state(path, state)
     for now, then in zip_longest(state["images"], found["images"]):
         if now != then:
-            raise data.DataError(f"--resume: {path} was trained on other images: on {then}, where now is {now}; give "
-                                 "the same --root or another --out")
+            raise data.DataError(f"--resume: {path} was trained on other images: on {then}, where now is "
+                                 f"{now}; give the same --root or another --out")
     log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
     return found
 
@@ -836,22 +825,22 @@ def adopt(args, states):
 
 @torch.no_grad()
 def load_weights(net, name, weights, key_in_file=str):
-    """Fill net from a checkpoint FILE, its tensors at the top level or under "model", "models" or "state_dict".
+    """Fill net from a checkpoint FILE, its tensors at the top or under "model", "models" or "state_dict".
 
     weights: FILE; "none": net stays untrained; None: timm's download of the model called name.
-    key_in_file: net's key -> the file's. Raises DataError: unreadable file, failed download, missing or misshapen tensor.
+    key_in_file: net's key -> the file's. DataError: unreadable, no download, tensor missing or misshapen.
     """
     if weights == "none":
-        log(f"{name}: untrained (--weights none): good enough to see the code run, not for results")
         return
     try:
         state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:  # what the hub's client raises
-        raise data.DataError(f"--backbone {name}: cannot download its weights ({' '.join(str(error).split())[:120]}); "
-                             "--weights FILE takes a local file, --weights none an untrained backbone") from None
+        reason = " ".join(str(error).split())[:120]
+        raise data.DataError(f"--backbone {name}: cannot download its weights ({reason}); --weights FILE "
+                             "takes a local file, --weights none an untrained backbone") from None
     for key in ("model", "models", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm's feature networks: stages_0 for stages.0
+    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0 for stages.0
     needed = {key_in_file(k): x for k, x in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     for key, value in needed.items():
         new = found.get(key.replace(".", "_"))
@@ -859,14 +848,15 @@ def load_weights(net, name, weights, key_in_file=str):
             wrong = f"has shape {list(new.shape)}" if torch.is_tensor(new) else "is missing"
             raise data.DataError(f"--weights {weights}: {key} {wrong}, {name} needs {list(value.shape)}")
         value.copy_(new)
-    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {len(found) - len(needed)} others not needed")
+    rest = len(found) - len(needed)
+    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
 
 def read_tensors(path):
-    """The dict in a .safetensors file or a torch checkpoint of tensors and plain containers; DataError if there is none."""
+    """The dict of a .safetensors file or of a torch checkpoint of tensors and plain containers."""
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments beside
+        with torch.serialization.safe_globals([argparse.Namespace]):  # some scripts save their arguments too
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise data.DataError(f"{path}: no such file") from None
@@ -878,19 +868,33 @@ def fill(model, state):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise data.DataError(f"{state['name']}.pt does not fit its settings: {reason}") from None
+
+def build_backbone(settings, weights):
+    return load_encoder(settings["backbone"], weights)
+
+def build(settings, encoder, classes):
+    return MiniMaxAD(encoder, settings["arch"])
+
+def restore(state, device):
+    """The model from a checkpoint alone."""
+    model = MiniMaxAD(load_encoder(state["settings"]["backbone"], "none"), state["settings"]["arch"])
+    fill(model, state)
+    return model.to(device).eval()
 
 # ---------------------------------------------------------------- a trained model's use
 
 def one_model(args):
     """The state of the one model that --predict and --export use."""
-    states = load_run(args)
-    adopt(args, states)
-    if len(states) > 1 or WORLD > 1:
+    state, *others = load_run(args)
+    adopt(args, [state])
+    if others or WORLD > 1:
         raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
-    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in states[0]["classes"]):
-        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {', '.join(states[0]['classes'])}")
-    return states[0]
+    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in state["classes"]):
+        known = ", ".join(state["classes"])
+        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {known}")
+    return state
 
 def predict(args, device):
     """Score, verdict and picture of the images --predict names; True if every image could be judged."""
@@ -903,11 +907,17 @@ def predict(args, device):
         maps, scores = infer(network, images, device, quiet=True)
         return maps, scores, [cls] * len(images)
 
-    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, claim(args), log)
+    folder = claim(args)
+    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
 
 def export(args):
     """Write the network as a torch.export program, which loads without this project."""
-    write_program(Inference(restore(one_model(args), torch.device("cpu")), args.crop or args.size, args.score), args)
+    model = restore(one_model(args), torch.device("cpu"))
+    write_program(Inference(model, args.crop or args.size, args.score), args)
+
+def storage(model):
+    """Size of the model's tensors in MiB."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
 
 def bench(args, device):
     """Images per second, training steps per second, and storage beside the paper's 119 MB."""
@@ -927,21 +937,28 @@ def bench(args, device):
     def step():
         loss, _ = training_loss(args.loss, *model(x), size)
         loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
         return loss.item()
 
     for name, network in ("unfused", model), ("fused", fused):
         for B in (1, 16):
             x = torch.rand(B, 3, size, size, device=device)
-            log(f"{name}, batch {B}: {B / seconds(look):.1f} images/s (paper: 40.7 at batch 1 on a GTX 1080 Ti)")
+            rate = B / seconds(look)
+            log(f"{name}, batch {B}: {rate:.1f} images/s (paper: 40.7 at batch 1 on a GTX 1080 Ti)")
     model.train().encoder = encoder.to(device)
-    log(f"training, batch {B}, {args.loss}: {1 / seconds(step):.3f} forward and backward passes/s")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    log(f"training, batch {B}, {args.loss}: {1 / seconds(step):.3f} steps/s")
 
 def write_program(network, args):
     size = args.crop or args.size
     program = torch.export.export(network.eval(), (torch.rand(2, 3, size, size),),
                                   dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    with data.atomic(args.export) as temporary:
-        torch.export.save(program, temporary)
+    try:
+        with data.atomic(args.export) as temporary:
+            torch.export.save(program, temporary)
+    except RuntimeError as error:  # a full disk
+        raise data.DataError(f"cannot write {args.export} ({' '.join(str(error).split())[:120]})") from None
     log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score")
 
 def seconds(function, repeats=5):
@@ -960,7 +977,8 @@ PROGRAM, LOG = Path(__file__).stem, []  # LOG: the run's log.txt, open on proces
 
 def start(name):
     """The device of this process; joins the process group under torchrun. Raises DataError."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or best
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -970,9 +988,11 @@ def start(name):
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f"--device {name}: not usable here ({str(error).splitlines()[0][:120]})") from None
+        reason = str(error).splitlines()[0][:120]
+        raise data.DataError(f"--device {name}: not usable here ({reason})") from None
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return device
 
 def from_first(function, *args):
@@ -989,8 +1009,23 @@ def total(x):
         dist.all_reduce(x)
     return x
 
+@torch.no_grad()
+def infer(network, images, device, *labels, quiet=False):
+    """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
+
+    Every process computes its share; process 0 gets all, the others None for each output.
+    """
+    N = len(images)
+    rows = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on each; the surplus is cut
+    parts, chunk = [], 4 if device.type == "cpu" else 32  # large temporary tensors cost a CPU twice the time
+    for batch in progress(rows.split(chunk), "evaluate", quiet):
+        x = to_device(images[batch.numpy()], device)
+        parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
+    outputs = [gather(torch.cat(part)) for part in zip(*parts)]
+    return [None if output is None else output[:N].numpy() for output in outputs]
+
 def gather(x, everywhere=False):
-    """Rows RANK::WORLD of every process, as many each -> all rows, in order, on process 0 or everywhere; else None."""
+    """Rows RANK::WORLD of every process, as many each -> all, in order; None where they are not wanted."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)] if RANK == 0 or everywhere else None
@@ -998,7 +1033,7 @@ def gather(x, everywhere=False):
     return torch.stack(parts, 1).flatten(0, 1) if parts else None  # n x WORLD x .. -> N x ..
 
 def to_device(images, device):
-    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1; a GPU copies from pinned memory while it computes."""
+    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1; from pinned memory a GPU copies in parallel."""
     images = torch.from_numpy(np.ascontiguousarray(images))
     images = images.pin_memory() if device.type == "cuda" else images
     return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
@@ -1018,15 +1053,15 @@ def progress(iterable, name, quiet=False):
 
 # ---------------------------------------------------------------- the paper's published figures, in %
 
-TABLES = {  # (set, unified?): first the columns (rd: RD + global, fr: MiniMaxAD + adc, fp: MiniMaxAD + global), then the rows
+TABLES = {  # (set, unified?): columns (rd: RD + global, fr: MiniMaxAD + adc, fp: MiniMaxAD + global), rows
     ("mvtec", True): """ rd:i_auroc fr:i_auroc
-        carpet     98.3 99.9   grid       99.0 98.2   leather   100 100    tile     98.1 100    wood       99.3 99.4
-        bottle     79.9 100    cable      86.8 99.0   capsule  96.3 96.0   hazelnut 100  100    metal_nut  99.8 100
-        pill       92.8 97.9   screw      96.5 94.1   toothbrush 97.5 98.9 transistor 93.3 97.6 zipper     98.6 99.7
+        carpet 98.3 99.9  grid  99.0 98.2  leather    100  100   tile       98.1 100   wood      99.3 99.4
+        bottle 79.9 100   cable 86.8 99.0  capsule    96.3 96.0  hazelnut   100  100   metal_nut 99.8 100
+        pill   92.8 97.9  screw 96.5 94.1  toothbrush 97.5 98.9  transistor 93.3 97.6  zipper    98.6 99.7
         mean       95.8 98.7""",  # Table 3
     ("visa", True): """ rd:i_auroc fr:i_auroc
-        candle     93.6 98.7   capsules   67.8 91.3   cashew   94.6 97.8   chewinggum 95.3 98.9 fryum      94.4 96.8
-        macaroni1  97.2 98.5   macaroni2  86.2 89.4   pcb1     96.5 98.0   pcb2     93.0 97.0   pcb3       94.5 97.5
+        candle    93.6 98.7  capsules  67.8 91.3  cashew 94.6 97.8  chewinggum 95.3 98.9  fryum 94.4 96.8
+        macaroni1 97.2 98.5  macaroni2 86.2 89.4  pcb1   96.5 98.0  pcb2       93.0 97.0  pcb3  94.5 97.5
         pcb4       100  99.8   pipe_fryum 99.7 99.7   mean     92.7 97.0""",  # Table 3
     ("goodsad", False): """ rd:i_auroc fr:i_auroc rd:p_aupr rd:aupro fr:p_aupr fr:aupro
         cigarette_box 65.1 97.8  23.7 72.7 60.0 86.2    drink_bottle  67.2 80.4  12.5 84.2 49.2 86.8
@@ -1040,10 +1075,11 @@ TABLES = {  # (set, unified?): first the columns (rd: RD + global, fr: MiniMaxAD
     ("visa", False): """ rd:aupro rd:i_auroc fp:aupro fp:i_auroc
         mean          70.9 96.0  90.4 96.4""",  # Table 2
     ("mad", False): """ rd:i_auroc fr:i_auroc
-        01Gorilla  75.5 72.1   02Unicorn  73.9 92.9   03Mallard 53.6 89.1  04Turtle 77.0 88.4   05Whale    59.2 78.8
-        06Bird     74.5 90.8   07Owl      70.2 84.3   08Sabertooth 69.0 93.0 09Swan 56.7 88.4   10Sheep    76.9 94.6
-        11Pig      71.5 86.2   12Zalika   57.6 82.0   13Pheonix 58.6 74.8  14Elephant 61.0 85.9 15Parrot   51.9 80.8
-        16Cat      65.4 70.6   17Scorpion 67.4 87.0   18Obesobeso 81.8 89.9 19Bear  72.0 89.4   20Puppy    62.3 75.2
+        01Gorilla 75.5 72.1  02Unicorn    73.9 92.9  03Mallard  53.6 89.1  04Turtle    77.0 88.4
+        05Whale   59.2 78.8  06Bird       74.5 90.8  07Owl      70.2 84.3  08Sabertooth 69.0 93.0
+        09Swan    56.7 88.4  10Sheep      76.9 94.6  11Pig      71.5 86.2  12Zalika    57.6 82.0
+        13Pheonix 58.6 74.8  14Elephant   61.0 85.9  15Parrot   51.9 80.8  16Cat       65.4 70.6
+        17Scorpion 67.4 87.0 18Obesobeso  81.8 89.9  19Bear     72.0 89.4  20Puppy     62.3 75.2
         mean       66.8 84.7""",  # Table A6
 }
 TABLE_7 = """ goodsad visa-unified aebad visa
@@ -1061,18 +1097,19 @@ TABLE_A5 = {0.999: 81.2, 0.9995: 80.6, 0.9999: 77.3}  # p_lim: local-hm on Goods
 def paper_figures(args, found):
     """{row: {metric: the paper's figure}} for this set, setting, architecture and loss, {} if it gives none.
 
-    found: the rows of our result. A mean, and anything of a unified model, compares only over all of the paper's classes.
+    found: our result's rows. A mean, and any row of a unified model, compares only over all their classes.
     """
     key = args.data, args.unified and args.data != "aebad"  # AeBAD is one class
     method = "rd" if args.arch == "rd" else {"adc": "fr", "global": "fp"}.get(args.loss, args.loss)
     rows = read_table(TABLES.get(key, "none"))
-    classes = {row for (name, _), text in TABLES.items() if name == args.data for row in read_table(text)} - {"mean"}
-    complete = classes <= set(found)
+    names = {row for (name, _), text in TABLES.items() if name == args.data for row in read_table(text)}
+    complete = names - {"mean"} <= set(found)
     backbone = (RD if args.arch == "rd" else PAPER)["backbone"]
     if not rows or (args.size, args.backbone) != (PRESETS[key]["size"], backbone) or key[1] and not complete:
         return {}
-    figures = {row: {column.partition(":")[2]: value for column, value in rows[row].items()
-                     if column.startswith(f"{method}:")} for row in rows if row in found or row == "mean" and complete}
+    shown = [row for row in rows if row in found or row == "mean" and complete]
+    figures = {row: {column.partition(":")[2]: x for column, x in rows[row].items()
+                     if column.startswith(f"{method}:")} for row in shown}
     ablated = method in ("fr", "local-hm") and (args.p_lim, args.p_hard) != (0.9995, 0.9999)
     mean = read_table(TABLE_7)[method].get(args.data + "-unified" * key[1])
     if ablated:
@@ -1081,11 +1118,11 @@ def paper_figures(args, found):
         mean = mean if args.data == "goodsad" else None
     if mean and complete:
         figures.setdefault("mean", {})["i_auroc"] = mean
-    return {row: {metric: round(value / 100, 3) for metric, value in values.items()} for row, values in figures.items()
-            if values}
+    return {row: {metric: round(value / 100, 3) for metric, value in values.items()}
+            for row, values in figures.items() if values}
 
 def read_table(text):
-    """{row: {column: figure}} of one of the tables above: first the columns, then each row's name and its figures."""
+    """{row: {column: figure}} of one of the tables: first the columns, then each row's name and figures."""
     head, *lines = text.strip().splitlines()
     columns, words, rows = head.split(), iter(" ".join(lines).split()), {}
     for row in words:
@@ -1095,14 +1132,18 @@ def read_table(text):
 # ---------------------------------------------------------------- command line
 
 RANGES = dict(size=(64, 2**14), crop=(64, 2**14), holdout=(0, 0.9), workers=(1, 1024), epochs=(1, 10**6),
-              batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1), seed=(0, 2**31 - 1),
-              p_hard=(0, 1), p_lim=(0, 1))
+              batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1),
+              seed=(0, 2**31 - 1), p_hard=(0, 1), p_lim=(0, 1))
+
+def flag(key):
+    return "--" + key.replace("_", "-")
 
 def show(settings):
-    return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in settings.items() if value is not None)
+    given = {key.replace("_", "-"): value for key, value in settings.items() if value is not None}
+    return ", ".join(f"{key} {value}" for key, value in given.items())
 
 def new_parser(description, defaults):
-    """The flags that both scripts have. A setting's default is None: the preset or the checkpoint fills it in."""
+    """The flags of both scripts. A setting's default is None: the preset or the checkpoint fills it in."""
     parser = argparse.ArgumentParser(
         description=description, epilog="Commands: the header of this file. Defaults: " + defaults,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118))
@@ -1111,10 +1152,10 @@ def new_parser(description, defaults):
     add("--root", metavar="DIR", help="where the data lies (default data/NAME)")
     add("--classes", nargs="+", metavar="A", help="a subset of the classes")
     add("--normals", help="cifar10: the five normal classes (default 01234)")
-    add("--unified", action=argparse.BooleanOptionalAction, help="one model for all classes (default: one per class)")
+    add("--unified", action=argparse.BooleanOptionalAction, help="one model for all classes, not one each")
     add("--size", type=int, help="images are resized to size x size pixels")
     add("--crop", type=int, help="then the centre crop x crop is taken")
-    add("--holdout", type=float, metavar="SHARE", help="training images kept for --predict's threshold (folder, toy: 0.1)")
+    add("--holdout", type=float, metavar="SHARE", help="kept back to find the threshold (folder, toy: 0.1)")
     add("--cache", default="cache", metavar="DIR|none", help="decoded images (default cache)")
     add("--workers", type=int, help="decoding processes (default: all cores)")
     add = parser.add_argument_group("training").add_argument
@@ -1144,35 +1185,41 @@ def check(parser, args):
         values = getattr(args, key, None)
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not low <= value <= high:
-                parser.error(f"--{key.replace('_', '-')} {value}: expected {low} to {high}")
-    uses = [f"--{key.replace('_', '-')}" for key in ("predict", "export", "save_maps", "bench") if getattr(args, key)]
+                parser.error(f"{flag(key)} {value}: expected {low} to {high}")
+    uses = [flag(key) for key in ("predict", "export", "save_maps", "bench") if getattr(args, key)]
     if len(uses) > 1:
         parser.error(f"{uses[0]} and {uses[1]}: one at a time")
-    if (args.predict or args.export) and not args.eval or args.bench and args.eval:
-        parser.error(f"{uses[0]} needs --eval CKPT" if not args.bench else "--bench goes without --eval")
+    if args.bench and args.eval:
+        parser.error("--bench goes without --eval")
+    if (args.predict or args.export) and not args.eval:
+        parser.error(f"{uses[0]} needs --eval CKPT")
     free = ("classes",) if args.predict else ("score",)  # the rest is the checkpoint's
     typed = [key for key in (*SETTINGS, "seed") if getattr(args, key) is not None and key not in free]
-    if args.eval and (typed or args.resume):
-        parser.error(f"--{(typed or ['resume'])[0].replace('_', '-')} does not go with --eval: the checkpoint says it")
+    typed += ["resume"] if args.resume else []
+    if args.eval and typed:
+        parser.error(f"{flag(typed[0])} does not go with --eval: the checkpoint says it")
     if args.crop and args.size and args.crop > args.size:
         parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     if args.export:
         path = Path(args.export).absolute()
         if path.suffix != ".pt2" or not path.parent.is_dir() or path.exists():
-            parser.error(f"--export {args.export}: expected a new file that ends in .pt2, in a folder that exists")
+            parser.error(f"--export {args.export}: expected a new file that ends in .pt2, in a folder that "
+                         "exists")
 
 def parse(argv=None):
-    """The arguments; what the user left out comes from the preset, or with --eval later from the checkpoint."""
-    presets = "; ".join(f"{name}{' unified' * unified}: {show(found)}" for (name, unified), found in PRESETS.items())
-    parser = new_parser("MiniMaxAD (arXiv 2405.09933): train, evaluate, predict.", f"{show(PAPER)}; {presets}")
+    """The arguments; what the user left out comes from the preset, or with --eval from the checkpoint."""
+    presets = [f"{name}{' unified' * unified}: {show(found)}" for (name, unified), found in PRESETS.items()]
+    defaults = "; ".join([show(PAPER), *presets])
+    parser = new_parser("MiniMaxAD (arXiv 2405.09933): train, evaluate, predict.", defaults)
     add = parser.add_argument_group("MiniMaxAD").add_argument
-    add("--loss", choices=("local", "local-hm", "global", "adc"), help="adc: MiniMaxAD-fr, global: MiniMaxAD-fp")
+    add("--loss", choices=("local", "local-hm", "global", "adc"), help="adc: MiniMaxAD-fr, global: -fp")
     add("--arch", choices=("minimax", "rd"), help="rd: Reverse Distillation, the baseline")
     add("--p-hard", type=float, help="Eq. 8, Table A4 (default 0.9999)")
     add("--p-lim", type=float, help="Eq. 8, 9, Tables A4, A5 (default 0.9995)")
     add("--gamma", type=float, help="the learning rate is multiplied by it each epoch")
-    add("--augment", action="store_const", const=True, help="random crop and flip: authors' code on AeBAD, not in the paper")
-    add("--score", choices=("max", "mean", "max5x5", "top1"), help="image score (default max; cifar10 mean); goes with --eval")
+    add("--augment", action="store_const", const=True, help="random crop and flip (authors' code on AeBAD)")
+    add("--score", choices=("max", "mean", "max5x5", "top1"),
+        help="image score (default max; cifar10 mean); goes with --eval")
     args = parser.parse_args(argv)
     check(parser, args)
     if not args.eval:
@@ -1224,13 +1271,13 @@ def run(argv):
     return 0
 
 def main(argv=None):
-    """Exit status 0; 1: an image could not be judged, or another process died; 2: one line says why; 130: interrupted."""
+    """Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted."""
     code, line = 0, None
     try:
         code = run(argv)
     except (data.DataError, OSError) as error:
         code, line = 2, f"error: {error}"
-        time.sleep(10 if RANK else 0)  # process 0 mostly has the same error, and torchrun then ends this process
+        time.sleep(10 if RANK else 0)  # process 0 mostly has the same error; torchrun then ends this process
         if WORLD > 1:
             ErrorHandler().record_exception(error)  # torchrun's last lines then tell it
     except KeyboardInterrupt:

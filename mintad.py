@@ -1,35 +1,33 @@
-"""MINT-AD: class-aware unified anomaly detection with an implicit neural representation as query (arXiv 2403.14213).
+"""MINT-AD: class-aware unified anomaly detection, an implicit neural representation as query (2403.14213).
 
-    python mintad.py                                                      # built-in toy set, no data, no download
-    python mintad.py --data mvtec --root data/mvtec --unified             # the paper's main setting (Table 1)
-    torchrun --nproc_per_node=4 mintad.py --data mvtec --unified          # the same on four GPUs, global batch of 32
-    python mintad.py --data mvtec                                         # one model per class ("separate")
-    python mintad.py --data visa --unified --uniad                        # the UniAD baseline
-    python mintad.py --eval runs/mintad-mvtec-unified                     # a trained model's table again
-    python mintad.py --eval runs/mintad-mvtec-unified --predict photos/   # score, verdict, class and picture per photo
+    python mintad.py                                                    # built-in toy set, no download
+    python mintad.py --data mvtec --root data/mvtec --unified           # the paper's main setting (Table 1)
+    torchrun --nproc_per_node=4 mintad.py --data mvtec --unified        # on four GPUs, the same global batch
+    python mintad.py --data mvtec                                       # one model per class ("separate")
+    python mintad.py --data visa --unified --uniad                      # the UniAD baseline
+    python mintad.py --eval runs/mintad-mvtec-unified                   # a trained model's table again
+    python mintad.py --eval runs/mintad-mvtec-unified --predict photos  # score, verdict, class and picture
 
     f   : B x C x H x W   features of a frozen backbone, stages 1-4 resized to stage 4 and concatenated
     f'  : B x P x C       adapter(f), one linear layer
     z   : B x 32          class token of f', the layer before the classification head
-    q   : B x P x D       INR(positions, z), the transformer decoder's query; a decoder maps it to mu, log sigma of f'
+    q   : B x P x D       INR(positions, z), the transformer decoder's query; q -> mu, log sigma of f'
     r   : B x P x C       f' reconstructed by the transformer; the anomaly map is ||f' - r||
 
     B batch, C channels, H x W = P positions, D hidden width, K classes, L decoder layers
 
 Details of the implementation and where each comes from:
 
- 1. Backbone: levels of reduction 2, 4, 8, 16, resized bilinearly (align_corners) to the last; frozen, eval mode (UniAD).
- 2. Features are standardised per channel with the training features' mean and deviation. The paper does not say; without
-    it the few channels of large scale own every loss. `--uniad` uses raw features, as its authors.
- 3. Eq. 4 and Eq. 5 are likelihoods of the original features, as Eq. 3 writes it; nothing is detached (losses below; README,
-    "What keeps MINT-AD from collapsing"). `--literal` is the objective as printed, which has no floor.
- 4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9). Nothing is said of its start.
- 5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers, learned row
-    and column positions added to queries and keys, jitter on the input tokens.
- 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. `--optimizer muon` goes
-    beyond the paper.
- 7. The random state is set from (seed, epoch, process) at the start of each epoch, so that a resumed run needs no more
-    than the checkpoint to continue bit by bit.
+ 1. Backbone: levels of reduction 2, 4, 8, 16, resized bilinearly (align_corners) to the last; frozen (UniAD).
+ 2. Features are standardised per channel with the training features' mean and deviation: not in the paper,
+    but else the few channels of large scale own every loss. `--uniad` uses raw features, as its authors.
+ 3. Eq. 4 and 5 are likelihoods of the original features, as Eq. 3 writes it; nothing is detached (objective;
+    README, "What keeps MINT-AD from collapsing"). `--literal` is the objective as printed, without a floor.
+ 4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9); its start is ours.
+ 5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers,
+    learned row and column positions added to queries and keys, jitter on the input tokens.
+ 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32; Muon is ours.
+ 7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit by bit.
 """
 import argparse
 import contextlib
@@ -60,14 +58,15 @@ import metrics
 
 # ---------------------------------------------------------------- settings
 
-PAPER = dict(data="toy", root=None, normals="01234", backbone="tf_efficientnet_b4.aa_in1k", size=224, epochs=1000,
-             batch_size=32, lr=1e-4, weight_decay=1e-4, optimizer="adamw", query="inr", prompt="feature", adapter=True,
-             cls_loss=True, prior_loss=True, literal=False, uniad=False, amp=False, unified=False, holdout=0.0, seed=[1])
-TOY = dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8, lr=1e-3,
-           holdout=0.1)
-SETTINGS = ("data", "unified", "classes", "normals", "backbone", "weights", "size", "crop", "epochs", "batch_size", "lr",
-            "weight_decay", "optimizer", "amp", "holdout", "query", "prompt", "adapter", "cls_loss", "prior_loss", "literal",
-            "uniad", "text")
+PAPER = dict(data="toy", root=None, normals="01234", backbone="tf_efficientnet_b4.aa_in1k", size=224,
+             seed=[1], epochs=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, optimizer="adamw", amp=False,
+             holdout=0.0, query="inr", prompt="feature", adapter=True, cls_loss=True, prior_loss=True,
+             literal=False, uniad=False, unified=False)
+TOY = dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8,
+           lr=1e-3, holdout=0.1)
+SETTINGS = ("data", "unified", "classes", "normals", "backbone", "weights", "size", "crop", "epochs",
+            "batch_size", "lr", "weight_decay", "optimizer", "amp", "holdout", "query", "prompt", "adapter",
+            "cls_loss", "prior_loss", "literal", "uniad", "text")
 LAMBDA_CE, LAMBDA_PRIOR = 1.0, 0.1  # Eq. 6
 JITTER, DROPOUT = 20.0, 0.1  # UniAD's
 REDUCTIONS = (2, 4, 8, 16)  # backbone levels
@@ -75,12 +74,13 @@ REDUCTIONS = (2, 4, 8, 16)  # backbone levels
 # ---------------------------------------------------------------- layers
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, on a CPU from 16 random bits per value: with Attention below 1.7 times as fast to train there."""
+    """nn.Dropout, on a CPU from 16 random bits a value: with Attention below 1.7 times as fast to train."""
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
-        bits = np.random.SFC64(torch.randint(2**63 - 1, ()).item()).random_raw(-(-x.numel() // 4)).view(np.int16)
+        seed = torch.randint(2**63 - 1, ()).item()
+        bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)
         keep = torch.from_numpy(bits)[:x.numel()].view(x.shape).ge_(round(self.p * 2**16) - 2**15)  # 0 or 1
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
@@ -90,7 +90,8 @@ class Attention(nn.Module):
     def __init__(self, D, heads):
         super().__init__()
         self.heads, self.dropout = heads, Dropout(DROPOUT)
-        self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * D, D)), nn.Parameter(torch.zeros(3 * D))
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * D, D))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * D))
         self.out_proj = nn.Linear(D, D)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
@@ -100,14 +101,15 @@ class Attention(nn.Module):
                    for x, weight, bias in projections)  # B x heads x P x D/heads
         if self.training and q.device.type == "cpu":  # where torch's fused kernel has no dropout
             a = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B x heads x P x P
-            a = self.dropout((a if mask is None else a.masked_fill(mask, -math.inf)).softmax(-1)).to(v.dtype) @ v
+            a = a if mask is None else a.masked_fill(mask, -math.inf)
+            a = self.dropout(a.softmax(-1)).to(v.dtype) @ v
         else:
             a = F.scaled_dot_product_attention(q, k, v, None if mask is None else ~mask,
                                                self.dropout.p if self.training else 0.0)
         return self.out_proj(a.transpose(1, 2).flatten(2))  # B x P x heads x D/heads -> B x P x D
 
 class EncoderLayer(nn.Module):
-    """Post-norm self-attention layer; positions are added to queries and keys, never to values (UniAD, Table 15)."""
+    """Post-norm self-attention; positions go to queries and keys, never to values (UniAD, Table 15)."""
 
     def __init__(self, D, heads, hidden):
         super().__init__()
@@ -137,7 +139,7 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 class Transformer(nn.Module):
-    """Reconstructs tokens B x P x C from themselves and one query B x P x D per decoder layer (Sec. 3.2, Table 15)."""
+    """Tokens B x P x C reconstructed from themselves and a query per decoder layer (Sec. 3.2, Table 15)."""
 
     def __init__(self, C, H, W, D=256, heads=8, hidden=1024, layers=4):
         super().__init__()
@@ -154,16 +156,16 @@ class Transformer(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, f, queries, mask=None, token=None):
-        """f: B x P x C; queries: L of B x P x D; mask: P x P, True = hidden; token: B x 1 x D goes along and is cut off.
+        """f: B x P x C; queries: L of B x P x D; mask: P x P, True = hidden; token: B x 1 x D or None.
 
-        With a token the queries and the mask have P + 1 positions.
+        The token goes along and is cut off: with it the queries and the mask have P + 1 positions.
         """
         if self.training and JITTER:  # UniAD: noise in proportion to each token's length
             f = f + torch.randn_like(f) * (f.norm(dim=-1, keepdim=True) * JITTER / f.shape[-1])
         x = self.input_proj(f)  # B x P x D
         H, W = self.row_embed.num_embeddings, self.col_embed.num_embeddings
-        pos = torch.cat([self.col_embed.weight.expand(H, W, -1),
-                         self.row_embed.weight.unsqueeze(1).expand(H, W, -1)], -1).flatten(0, 1)  # H x W x D -> P x D
+        row, col = self.row_embed.weight.unsqueeze(1), self.col_embed.weight
+        pos = torch.cat([col.expand(H, W, -1), row.expand(H, W, -1)], -1).flatten(0, 1)  # H x W x D -> P x D
         if token is not None:
             x, pos = torch.cat([x, token], 1), F.pad(pos, (0, 0, 0, 1))  # B x (P+1) x D, (P+1) x D
         for layer in self.encoder:
@@ -174,12 +176,12 @@ class Transformer(nn.Module):
         return self.output_proj(self.norm(x)[:, :f.shape[1]])  # B x P x C
 
 def neighbour_mask(H, W, window=7):
-    """UniAD's neighbour masked attention: P x P, True where a key lies in the query's window and is hidden."""
+    """UniAD's neighbour masked attention: P x P, True where a key is in the query's window and so hidden."""
     y, x = torch.arange(H * W) // W, torch.arange(H * W) % W
     mask = ((y[:, None] - y).abs() <= window // 2) & ((x[:, None] - x).abs() <= window // 2)
     if mask.all(1).any():
-        raise data.DataError(f"--size: a {H} x {W} feature map lies wholly inside UniAD's {window} x {window} neighbour "
-                             "mask; take a larger --size")
+        raise data.DataError(f"--size: a {H} x {W} feature map lies wholly inside UniAD's "
+                             f"{window} x {window} neighbour mask; take a larger --size")
     return mask
 
 class Adapter(nn.Module):
@@ -200,17 +202,18 @@ class FeaturePrompt(nn.Module):
 
     def __init__(self, C, P, K, Z=32, D=256):
         super().__init__()
-        self.class_encoder = nn.Sequential(
+        self.class_encoder = nn.Sequential(  # B x P x C -> B x P x Z
             nn.Linear(C, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, Z), nn.Softmax(-1))
-        self.channel_encoder = nn.Sequential(
-            nn.Linear(P * Z, D), nn.LeakyReLU(), nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, Z), nn.Softmax(-1))
+        self.channel_encoder = nn.Sequential(  # B x P*Z -> B x Z
+            nn.Linear(P * Z, D), nn.LeakyReLU(), nn.Linear(D, D), nn.LeakyReLU(),
+            nn.Linear(D, Z), nn.Softmax(-1))
         self.head = nn.Linear(Z, K)
         for layer in self.modules():
-            if isinstance(layer, nn.Linear):  # torch's default starts both softmaxes so flat that z hardly learns
+            if isinstance(layer, nn.Linear):  # torch's default: both softmaxes so flat that z hardly learns
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        # A softmax has length 1 at most, whatever its width. Kaiming would count P * 32 inputs where there are P such, and
-        # start the head so small that z turns one-hot, often the same for two classes, long before the logits can differ.
+        # A softmax is at most 1 long, whatever its width: Kaiming would count P * 32 inputs where P count,
+        # and start the head so small that z turns one-hot, often alike for two classes, before the logits.
         nn.init.normal_(self.channel_encoder[0].weight, std=math.sqrt(2 / P))
         nn.init.normal_(self.head.weight, std=5.0)
 
@@ -239,23 +242,20 @@ class ImagePrompt(nn.Module):
         return self.project(f.mean(1)), None
 
 class INR(nn.Module):
-    """Dual-path implicit neural representation (Eq. 8, 9, Table 13): positions P x E, class token B x Z -> B x P x D.
-
-    602,368 weights at the paper's sizes, 0.602 M in Table 9.
-    """
+    """Dual-path implicit neural representation (Eq. 8, 9, Table 13): p (P x E), z (B x Z) -> B x P x D."""
 
     def __init__(self, Z=32, E=3, D=256, layers=5, omega=30.0):
         super().__init__()
         self.modulation = nn.ModuleList(nn.Linear(D if i else Z + E, D) for i in range(layers))
         self.synthesis = nn.ModuleList(nn.Linear(D if i else E, D) for i in range(layers))
         self.output = nn.Linear(D, D)
-        # SIREN's initialisation (its Sec. 3.2) with omega_0 inside the weights. The last layer, which is linear, keeps the
-        # hidden layers' bound and the modulation starts by Kaiming, so that q starts at the scale of a learned query (deviation
-        # 0.04 at torch's default, the same at every position, 5 to 7 after training: too large to hear the memory).
+        # SIREN's initialisation (its Sec. 3.2), omega_0 inside the weights. The last, linear layer keeps the
+        # hidden layers' bound, so that q starts at the scale of a learned query. At torch's default its
+        # deviation is 0.04, the same at every position; after training 5 to 7, too large to hear the memory.
         for i, layer in enumerate([*self.synthesis, self.output]):
             bound = math.sqrt(6 / D) if i else omega / E
             nn.init.uniform_(layer.weight, -bound, bound)
-        for i, layer in enumerate(self.modulation):  # Kaiming; the first input's length is that of p and a softmax, |z| <= 1
+        for i, layer in enumerate(self.modulation):  # Kaiming; the first input is p and a softmax, |z| <= 1
             nn.init.normal_(layer.weight, std=math.sqrt(2 / (D if i else E + 1)))
             nn.init.zeros_(layer.bias)
 
@@ -265,7 +265,7 @@ class INR(nn.Module):
         for i, (modulation, synthesis) in enumerate(zip(self.modulation, self.synthesis)):
             h = F.relu(modulation(h))  # Eq. 9
             if i == 0:
-                with torch.autocast(p.device.type, enabled=False):  # arguments up to 100: bfloat16 would blur the sine
+                with torch.autocast(p.device.type, enabled=False):  # bfloat16 would blur the sine of 100
                     x = torch.sin(synthesis(p)) * h  # P x D * B x P x D
             else:
                 x = torch.sin(synthesis(x)) * h  # Eq. 8
@@ -281,7 +281,7 @@ class INRQuery(nn.Module):
         return self.inr(self.positions, z)
 
 class MLPQuery(nn.Module):
-    """Plain MLP from z to P x D (Sec. 0.B.6). Hidden width 256, our choice: the paper's 383.5 M grid search is not given."""
+    """Plain MLP from z to P x D (Sec. 0.B.6). Hidden width 256: the paper's choice (383.5 M) is not given."""
 
     def __init__(self, P, D=256, Z=32, hidden=256):
         super().__init__()
@@ -305,10 +305,9 @@ class LearnedQuery(nn.Module):
 # ---------------------------------------------------------------- model
 
 class Backbone(nn.Module):
-    """Frozen multi-scale features (Sec. 3.2): images B x 3 x S x S in 0..1 -> f, B x P x C; H, W, C are attributes.
+    """Frozen multi-scale features (Sec. 3.2): images B x 3 x S x S in 0..1 -> f, B x P x C; has H, W, C.
 
-    weights: a local checkpoint, "none" (untrained) or None (timm's download). Raises data.DataError for an unknown name,
-    and as load_weights.
+    weights: a local checkpoint, "none" (untrained), None (timm's download). DataError: see load_weights.
     """
 
     def __init__(self, name, size, weights=None, levels=REDUCTIONS):
@@ -316,15 +315,17 @@ class Backbone(nn.Module):
         try:
             info = timm.create_model(name, features_only=True).feature_info
             index = [i for i, reduction in enumerate(info.reduction()) if reduction in levels]
-            self.net = timm.create_model(name, features_only=True, out_indices=index).eval().requires_grad_(False)
+            self.net = timm.create_model(name, features_only=True, out_indices=index)
+            self.net.eval().requires_grad_(False)
             shapes = [tuple(x.shape) for x in self.net(torch.zeros(1, 3, size, size))]
         except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:150]
             raise data.DataError(f"--backbone {name}: timm makes no feature maps of it ({reason})") from None
         sizes = dict(zip(self.net.feature_info.reduction(), shapes))
         if 16 not in sizes or [shape[1] for shape in shapes] != self.net.feature_info.channels():
-            raise data.DataError(f"--backbone {name}: not a CNN with features at strides 2, 4, 8, 16: {shapes}")
-        if hasattr(self.net, "blocks"):  # timm's EfficientNets would compute the stages beyond the last level too
+            raise data.DataError(f"--backbone {name}: not a CNN with features at strides 2, 4, 8, 16: "
+                                 f"{shapes}")
+        if hasattr(self.net, "blocks"):  # timm's EfficientNets would compute stages beyond the last level too
             del self.net.blocks[int(self.net.feature_info.module_name()[-1].split(".")[1]) + 1:]
         load_weights(self.net, name, weights)
         config = self.net.pretrained_cfg
@@ -346,14 +347,14 @@ def build_backbone(settings, weights):
     return Backbone(settings["backbone"], settings["crop"] or settings["size"], weights, levels)
 
 class MINTAD(nn.Module):
-    """The model of Figure 3, or with uniad=True the UniAD baseline; both with the variants of Tables 4, 5 and 9.
+    """The model of Figure 3 or, with uniad=True, the UniAD baseline, and their variants (Tables 4, 5, 9).
 
     C, H, W: size of the features f; K: number of classes; text: K x E text embeddings for query="text".
     query: inr | mlp | learned; for UniAD layerwise (its own, one per decoder layer) | pool | token | text.
     """
 
-    def __init__(self, C, H, W, K, query="inr", prompt="feature", adapter=True, cls_loss=True, prior_loss=True,
-                 uniad=False, text=None, D=256, layers=4):
+    def __init__(self, C, H, W, K, query="inr", prompt="feature", adapter=True, cls_loss=True,
+                 prior_loss=True, uniad=False, text=None, D=256, layers=4):
         super().__init__()
         self.H, self.W, self.K, self.layers, self.uniad, self.query_type = H, W, K, layers, uniad, query
         P = H * W
@@ -376,7 +377,8 @@ class MINTAD(nn.Module):
         if adapter:
             self.adapter = Adapter(C)
         if query != "learned" or cls_loss or prior_loss:
-            self.prompt = {"feature": FeaturePrompt, "label": LabelPrompt, "image": ImagePrompt}[prompt](C, P, K)
+            Prompt = {"feature": FeaturePrompt, "label": LabelPrompt, "image": ImagePrompt}[prompt]
+            self.prompt = Prompt(C, P, K)
         if self.prompt and prompt == "feature" and not cls_loss:
             self.prompt.head = None
         if query == "inr" or prior_loss:
@@ -384,13 +386,13 @@ class MINTAD(nn.Module):
         if query != "inr":
             self.query = {"mlp": MLPQuery, "learned": LearnedQuery}[query](P, D)
         if prior_loss:
-            self.distribution = nn.Sequential(nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, D), nn.LeakyReLU(),
-                                              nn.Linear(D, 2 * C))  # Table 14
+            self.distribution = nn.Sequential(  # Table 14
+                nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, 2 * C))
 
     def forward(self, f, label=None):
-        """f: B x P x C raw features, label: B or None -> f' and r, B x P x C; logits B x K; (mu, log sigma) B x P x C.
+        """f: B x P x C raw, label: B or None -> f', r: B x P x C; logits: B x K; (mu, log sigma): B x P x C.
 
-        logits and (mu, log sigma) are None in the variants that have none.
+        The latter two are None in the variants that have none.
         """
         if self.uniad:
             queries, token = self.uniad_query(f, label)
@@ -407,20 +409,21 @@ class MINTAD(nn.Module):
         return f_, r, logits, (mu, log_sigma.clamp(-5, 5))
 
     def uniad_query(self, f, label):
-        """L decoder queries of UniAD or its variants in Table 4, B x P x D each, and the class token or None."""
+        """L decoder queries of UniAD or a variant in Table 4, B x P x D each, and the class token or None."""
         B = f.shape[0]
         if self.query_type == "text":
             q = self.query(self.text[label])[:, None, None].expand(B, self.layers, f.shape[1], -1)
-        else:
-            q = self.query[label] if self.query_type == "pool" else self.query.expand(B, -1, -1, -1)  # B x L x P x D
-        token = self.token(F.one_hot(label, self.K).to(f.dtype)).unsqueeze(1) if self.token else None  # B x 1 x D
-        return q.unbind(1), token
+        else:  # B x L x P x D
+            q = self.query[label] if self.query_type == "pool" else self.query.expand(B, -1, -1, -1)
+        one_hot = F.one_hot(label, self.K).to(f.dtype) if self.token else None
+        return q.unbind(1), self.token(one_hot).unsqueeze(1) if self.token else None  # B x 1 x D
 
 def build(settings, backbone, classes, text=None):
     """MINT-AD, or the variant that settings name, with the backbone as a part of it."""
     if settings["query"] == "text" and text is None:
         text = read_text(settings["text"], classes)
-    variant = {key: settings[key] for key in ("query", "prompt", "adapter", "cls_loss", "prior_loss", "uniad")}
+    keys = "query", "prompt", "adapter", "cls_loss", "prior_loss", "uniad"
+    variant = {key: settings[key] for key in keys}
     model = MINTAD(backbone.C, backbone.H, backbone.W, len(classes), text=text, **variant)
     model.backbone = backbone
     return model
@@ -440,8 +443,8 @@ def objective(model, outputs, label, literal=False):
 
     Eq. 3 writes a likelihood of the original features, and for f' = W f + b that is
         log p(f) = log N(f'; mu, sigma) + log |det W|                     per position.
-    Eq. 5 is a Gaussian's likelihood too, with a fixed s = 1/2:  -log p(f) = |f' - r|^2 / 2s^2 - log |det W| + const, which times
-    2s^2 / C is Eq. 5 - 2s^2 log |det W| / C. Without the determinants (literal) f' shrinks, and every loss with it.
+    Eq. 5 is a Gaussian's likelihood too, of fixed s = 1/2: -log p(f) = |f' - r|^2 / 2s^2 - log |det W| +
+    const; times 2s^2 / C it is Eq. 5 - 2s^2 log |det W| / C. Without determinants (literal) f' shrinks.
     """
     f_, r, logits, gaussian = outputs
     mse = F.mse_loss(r, f_)  # Eq. 5
@@ -456,7 +459,8 @@ def objective(model, outputs, label, literal=False):
         logged["accuracy"] = (logits.argmax(1) == label).float().mean()
     if gaussian:
         mu, log_sigma = gaussian
-        prior = (0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)).mean() + det  # Eq. 4
+        nll = 0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)
+        prior = nll.mean() + det  # Eq. 4
         loss, logged["prior"] = loss + LAMBDA_PRIOR * prior, prior
     return loss, logged | {"std f'": f_.detach().std()}
 
@@ -471,7 +475,7 @@ def upsample(s, size):
     return F.interpolate(s.unsqueeze(1), (size, size), mode="bilinear", align_corners=True).squeeze(1)
 
 def image_score(maps, kind):
-    """B x S x S -> B: "max" of the map (Sec. 3.6); "mean" (CIFAR-10); "pool": max of 16 x 16 averages (UniAD)."""
+    """B x S x S -> B: "max" (Sec. 3.6), "mean" (CIFAR-10) or "pool", max of 16 x 16 averages (UniAD)."""
     if kind == "pool":
         maps = F.avg_pool2d(maps.unsqueeze(1), 16, stride=1).squeeze(1)
     return maps.mean((1, 2)) if kind == "mean" else maps.amax((1, 2))
@@ -480,9 +484,9 @@ def image_score(maps, kind):
 
 @torch.no_grad()
 def extract(backbone, images, index, folder, device):
-    """f of images[index], N x P x C in half precision, on the GPU if it fits there: computed once, as nothing augments.
+    """f of images[index], N x P x C in half precision, on the GPU if it fits; every process gets all.
 
-    Every process computes its share and gets all.
+    Computed once, as nothing augments.
     """
     N, memory = len(index), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     shape = (N, backbone.H * backbone.W, backbone.C)
@@ -493,7 +497,7 @@ def extract(backbone, images, index, folder, device):
         file = tempfile.TemporaryFile(dir=folder)
         os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would be a crash later
         features = torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
-    chunk = WORLD * (4 if device.type == "cpu" else 32)  # 4: large temporary tensors cost a CPU twice the time
+    chunk = WORLD * (4 if device.type == "cpu" else 32)  # large temporary tensors cost a CPU twice the time
     for rows in progress(torch.arange(N).split(chunk), "features"):
         mine = rows[RANK::WORLD] if RANK < len(rows) else rows[:1]
         f = backbone(to_device(images[index[mine.numpy()]], device)).half().cpu()
@@ -505,7 +509,7 @@ def extract(backbone, images, index, folder, device):
 def channel_statistics(features):
     """Mean and standard deviation of each channel of features N x P x C, C each.
 
-    The deviation has a floor of 1 % of the mean deviation: an untrained backbone has channels that never move.
+    The deviation has a floor of 1 % of the mean one: an untrained backbone has channels that never move.
     """
     sums = torch.zeros(2, features.shape[-1], dtype=torch.float64, device=features.device)
     for f in features.split(64):
@@ -513,37 +517,42 @@ def channel_statistics(features):
     mean, square = sums / features[:, :, 0].numel()
     std = (square - mean**2).clamp_min(0).sqrt()
     if not torch.isfinite(std).all() or std.mean() == 0:
-        raise data.DataError("the backbone's features are constant or overflow half precision; check --weights")
+        raise data.DataError("the backbone's features are constant or overflow half precision; check "
+                             "--weights")
     return mean.float(), std.clamp_min(0.01 * std.mean()).float()
 
 def optimizers(model, s, device):
-    """[(optimizer, factor of the learning rate)]: the paper's AdamW for everything, or Muon for the transformer's matrices.
+    """[(optimizer, factor of the learning rate)]: the paper's AdamW, or Muon for the transformer's matrices.
 
-    Muon (momentum 0.95, update scaled to AdamW's) at 4 times AdamW's rate: of 2, 4 and 10 the best in short runs. The packed
-    query-key-value matrix is taken as one: in three parts it learned the same (README, "Results").
+    Muon (momentum 0.95, update scaled to AdamW's) at 4 times AdamW's rate: best of 2, 4, 10 in short runs.
+    The query, key and value matrix is taken as one: in three parts it learned the same (README, "Results").
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if s.optimizer == "muon" and name.startswith("transformer.") and p.ndim == 2
-                and "_embed" not in name]
+    matrices = []
+    if s.optimizer == "muon":
+        matrices = [p for name, p in named
+                    if name.startswith("transformer.") and p.ndim == 2 and "_embed" not in name]
     taken = set(map(id, matrices))
     adamw = torch.optim.AdamW([p for _, p in named if id(p) not in taken], weight_decay=s.weight_decay,
                               fused=device.type in ("cpu", "cuda"))
     if not matrices:
         return [(adamw, 1)]
-    muon = torch.optim.Muon(matrices, weight_decay=s.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, weight_decay=s.weight_decay, momentum=0.95,
+                            adjust_lr_fn="match_rms_adamw")
     return [(adamw, 1), (muon, 4)]
 
 def learning_rate(lr, step, steps):
-    """The rate of a step: lr x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs); what exceeds the paper's is warmed up to.
+    """The rate of a step: lr x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs); above the paper's it warms up.
 
-    5e-4 at once makes the attention blind: all positions of an image get the same within 200 steps, and for good.
+    5e-4 at once blinds the attention: in 200 steps all positions of an image get the same, and for good.
     """
     return min(lr, PAPER["lr"] * (1 + step / 100)) if step < 0.8 * steps else 0.1 * lr
 
 def train(model, state, samples, images, index, folder, device):
     """Train the model in place on images[index]; a checkpoint after each epoch, from where state stops."""
     s, name = argparse.Namespace(**state["settings"]), state["name"]
-    features, labels = extract(model.backbone, images, index, folder, device), labels_of(samples, state["classes"])[index]
+    features = extract(model.backbone, images, index, folder, device)
+    labels = labels_of(samples, state["classes"])[index]
     if not s.uniad and state["epoch"] == 0:
         model.mean, model.std = (x.to(device) for x in channel_statistics(features))
     optimizer_list = optimizers(model, s, device)
@@ -553,10 +562,12 @@ def train(model, state, samples, images, index, folder, device):
     steps = -(-len(index) // s.batch_size)
     for epoch in range(state["epoch"], s.epochs):
         start, sums = time.time(), 0
-        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1_000_003 * state["seed"] + epoch))
-        torch.manual_seed((1_000_003 * state["seed"] + epoch) * 4099 + RANK)  # dropout and jitter
+        seed = 1_000_003 * state["seed"] + epoch
+        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed * 4099 + RANK)  # dropout and jitter
         model.train()
-        for step, batch in enumerate(progress(order.split(s.batch_size), f"{name} epoch {epoch + 1}"), epoch * steps):
+        batches = progress(order.split(s.batch_size), f"{name} epoch {epoch + 1}")
+        for step, batch in enumerate(batches, epoch * steps):
             part = batch[RANK::WORLD]  # each process takes its share of the same global batch
             share = len(part) / len(batch)
             part = part if len(part) else batch[:1]  # none in it: an image that counts 0 times
@@ -576,10 +587,12 @@ def train(model, state, samples, images, index, folder, device):
             sums = sums + values * (len(batch) * share / len(index))
         sums = total(sums).tolist()
         if not all(map(math.isfinite, sums)):
-            raise data.DataError(f"training diverged in epoch {epoch + 1}; the last checkpoint is good. Lower --lr")
+            raise data.DataError(f"training diverged in epoch {epoch + 1}; the last checkpoint is good. "
+                                 "Lower --lr")
         values = ", ".join(f"{key} {value:.4f}" for key, value in zip(logged, sums))
         log(f"{name} epoch {epoch + 1}/{s.epochs}: {values}, {time.time() - start:.1f} s")
-        state.update(epoch=epoch + 1, model=model.state_dict(), optimizer=[o.state_dict() for o, _ in optimizer_list])
+        saved = [optimizer.state_dict() for optimizer, _ in optimizer_list]
+        state.update(epoch=epoch + 1, model=model.state_dict(), optimizer=saved)
         save(folder, state)
 
 def labels_of(samples, classes):
@@ -589,7 +602,7 @@ def labels_of(samples, classes):
 # ---------------------------------------------------------------- evaluate
 
 class Inference(nn.Module):
-    """Image B x 3 x S x S in 0..1 (and label B) -> map B x S x S, score B, predicted class B (-1: no classifier)."""
+    """Image B x 3 x S x S in 0..1 (and label B) -> map B x S x S, score B, class B (-1: no classifier)."""
 
     def __init__(self, model, args):
         super().__init__()
@@ -602,28 +615,13 @@ class Inference(nn.Module):
         score = image_score(maps, self.kind)
         return maps, score, torch.full_like(score, -1) if logits is None else logits.argmax(1).to(score.dtype)
 
-@torch.no_grad()
-def infer(network, images, device, *labels, quiet=False):
-    """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
-
-    Every process computes its share; process 0 gets all, the others None for each output.
-    """
-    N = len(images)
-    mine = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on every process; the surplus is cut off
-    parts = []
-    for batch in progress(mine.split(4 if device.type == "cpu" else 32), "evaluate", quiet):  # 4: see README, "Cost"
-        x = to_device(images[batch.numpy()], device)
-        parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
-    outputs = [gather(torch.cat(part)) for part in zip(*parts)]
-    return [None if output is None else output[:N].numpy() for output in outputs]
-
 def needed_labels(settings, samples, classes):
     """[labels of the samples, N] for the variants that need them at test time, else []."""
     needs = settings["query"] in ("pool", "token", "text") or settings["prompt"] == "label"
     return [labels_of(samples, classes)] if needs else []
 
 def evaluate(model, state, test, images, masks, args, folder, device):
-    """{row: metrics} of the test images of the model's classes; with --save-maps the pictures, and Fig. 4c's."""
+    """{row: metrics} of the test images of the model's classes; with --save-maps pictures, and Fig. 4c's."""
     index = [i for i, sample in enumerate(test) if args.data == "cifar10" or sample.cls in state["classes"]]
     if not index:
         return {}
@@ -631,14 +629,9 @@ def evaluate(model, state, test, images, masks, args, folder, device):
     labels = needed_labels(state["settings"], samples, state["classes"])
     maps, scores, _ = infer(Inference(model, args), images, device, *labels)
     if args.save_maps and RANK == 0:
-        save_queries(folder / "maps" / f"{state['name']}-queries.png", model, samples, images, device, *labels)
+        path = folder / "maps" / f"{state['name']}-queries.png"
+        save_queries(path, model, samples, images, device, *labels)
     return measure(args, state, samples, images, masks[index], maps, scores, folder)
-
-def calibrate(model, state, samples, images, held_out, device):
-    """What normal images look like to the model: see metrics.calibrate. None on other processes than the first."""
-    labels = needed_labels(state["settings"], samples, state["classes"])
-    maps, scores, _ = infer(Inference(model, argparse.Namespace(**state["settings"])), images, device, *labels)
-    return metrics.calibrate(maps, scores, [sample.cls for sample in samples], held_out) if RANK == 0 else None
 
 def restore(state, device):
     """The model from a checkpoint alone."""
@@ -659,16 +652,18 @@ def train_run(args, device):
     dataset, *test = load(args)
     images = decode(args, dataset.train, "training images")
     held_out = data.hold_out(dataset.train, args.holdout)
+    if args.weights == "none":
+        log("warning: the backbone is untrained (--weights none): good enough to see the code run, not for results")
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
     backbone = build_backbone(settings, args.weights)
     for seed in args.seed:
         for classes in [dataset.classes] if args.unified else [[cls] for cls in dataset.classes]:
             of_classes = np.array([sample.cls in classes for sample in dataset.train])
             index, kept = np.flatnonzero(of_classes & ~held_out), np.flatnonzero(of_classes & held_out)
-            state = dict(name=f"seed{seed}", settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
-                         images=data.listing([dataset.train[i] for i in index]), model=None, optimizer=None, normal=None)
-            if not args.unified:
-                state["name"] += f"-{classes[0].replace('/', '_')}"
+            listing = data.listing([dataset.train[i] for i in index])
+            name = f"seed{seed}" if args.unified else f"seed{seed}-{classes[0].replace('/', '_')}"
+            state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
+                         images=listing, model=None, optimizer=None, normal=None)
             torch.manual_seed(seed)
             model = build(settings, backbone, classes).to(device)
             if args.resume:
@@ -682,7 +677,8 @@ def train_run(args, device):
                 state["normal"] = calibrate(model, state, samples, images[seen], len(kept) > 0, device)
                 state["optimizer"] = None  # it is not needed any more
                 save(folder, state)
-            results.setdefault(seed, {}).update(evaluate(model, state, dataset.test, *test, args, folder, device))
+            rows = evaluate(model, state, dataset.test, *test, args, folder, device)
+            results.setdefault(seed, {}).update(rows)
     report(args, results, folder)
 
 def eval_run(args, device):
@@ -692,7 +688,7 @@ def eval_run(args, device):
     folder, results = claim(args), {}
     for state in states:
         if state["normal"] is None:
-            log(f"warning: {state['name']}: its training stopped after epoch {state['epoch']} of {args.epochs}")
+            log(f"warning: {state['name']}: training stopped after epoch {state['epoch']} of {args.epochs}")
     dataset, *test = load(args)
     for cls in set(dataset.classes) - {cls for state in states for cls in state["classes"]}:
         log(f"warning: class '{cls}' was not trained and is left out")
@@ -702,7 +698,7 @@ def eval_run(args, device):
     report(args, results, folder)
 
 def load(args):
-    """The data set, its test images and their masks; DataError if there is nothing to train on or to evaluate."""
+    """The data set, its test images and masks; DataError if there is nothing to train on or to evaluate."""
     dataset = data.load(args.data, args.root, args.classes, args.normals, log=log)
     if not (dataset.test if args.eval else dataset.train):
         raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
@@ -718,6 +714,14 @@ def decode(args, samples, name):
     if LOCAL_RANK == 0 and cache:
         total(torch.zeros(1))
     return array
+
+def calibrate(model, state, samples, images, held_out, device):
+    """What normal images look like to the model: see metrics.calibrate. None on all but the first process."""
+    labels = needed_labels(state["settings"], samples, state["classes"])
+    network = Inference(model, argparse.Namespace(**state["settings"]))
+    maps, scores, _ = infer(network, images, device, *labels)
+    if RANK == 0:
+        return metrics.calibrate(maps, scores, [sample.cls for sample in samples], held_out)
 
 def measure(args, state, samples, images, masks, maps, scores, folder):
     """{row: metrics}, with --save-maps also the pictures; on the other processes than the first nothing."""
@@ -739,7 +743,7 @@ def report(args, results, folder):
         log(f"written to {folder}")
 
 def claim(args):
-    """The run's folder: --out, or runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint. See data.claim."""
+    """The run's folder: --out, runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint."""
     default = Path("runs", f"{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
     if args.eval:
         source = Path(args.eval)
@@ -763,7 +767,7 @@ def save(folder, state):
         raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); {left}") from None
 
 def read_state(path, like=None):
-    """A checkpoint; DataError if it is none of this version, or of other settings than those of the state `like`."""
+    """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
     state = read_tensors(path)
     if not (set(STATE) <= state.keys() and isinstance(state["settings"], dict)
             and set(SETTINGS) <= state["settings"].keys()):
@@ -771,12 +775,12 @@ def read_state(path, like=None):
     for key in SETTINGS if like else ():
         mine, theirs = state["settings"][key], like["settings"][key]
         if mine != theirs:
-            raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same arguments, another "
-                                 "--out, or the name of one checkpoint")
+            raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same "
+                                 "arguments, another --out, or the name of one checkpoint")
     return state
 
 def resume(folder, state):
-    """The state in the folder, or the given one if there is none. DataError that names the first difference."""
+    """The state in the folder, or the given one if there is none. DataError for other settings or images."""
     path = folder / f"{state['name']}.pt"
     if not path.exists():
         log(f"{path}: no checkpoint yet, starting from the beginning")
@@ -784,8 +788,8 @@ def resume(folder, state):
     found = read_state(path, state)
     for now, then in zip_longest(state["images"], found["images"]):
         if now != then:
-            raise data.DataError(f"--resume: {path} was trained on other images: on {then}, where now is {now}; give "
-                                 "the same --root or another --out")
+            raise data.DataError(f"--resume: {path} was trained on other images: on {then}, where now is "
+                                 f"{now}; give the same --root or another --out")
     log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
     return found
 
@@ -810,22 +814,22 @@ def adopt(args, states):
 
 @torch.no_grad()
 def load_weights(net, name, weights, key_in_file=str):
-    """Fill net from a checkpoint FILE, its tensors at the top level or under "model", "models" or "state_dict".
+    """Fill net from a checkpoint FILE, its tensors at the top or under "model", "models" or "state_dict".
 
     weights: FILE; "none": net stays untrained; None: timm's download of the model called name.
-    key_in_file: net's key -> the file's. Raises DataError: unreadable file, failed download, missing or misshapen tensor.
+    key_in_file: net's key -> the file's. DataError: unreadable, no download, tensor missing or misshapen.
     """
     if weights == "none":
-        log(f"{name}: untrained (--weights none): good enough to see the code run, not for results")
         return
     try:
         state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:  # what the hub's client raises
-        raise data.DataError(f"--backbone {name}: cannot download its weights ({' '.join(str(error).split())[:120]}); "
-                             "--weights FILE takes a local file, --weights none an untrained backbone") from None
+        reason = " ".join(str(error).split())[:120]
+        raise data.DataError(f"--backbone {name}: cannot download its weights ({reason}); --weights FILE "
+                             "takes a local file, --weights none an untrained backbone") from None
     for key in ("model", "models", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm's feature networks: stages_0 for stages.0
+    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0 for stages.0
     needed = {key_in_file(k): x for k, x in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     for key, value in needed.items():
         new = found.get(key.replace(".", "_"))
@@ -833,14 +837,15 @@ def load_weights(net, name, weights, key_in_file=str):
             wrong = f"has shape {list(new.shape)}" if torch.is_tensor(new) else "is missing"
             raise data.DataError(f"--weights {weights}: {key} {wrong}, {name} needs {list(value.shape)}")
         value.copy_(new)
-    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {len(found) - len(needed)} others not needed")
+    rest = len(found) - len(needed)
+    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
 
 def read_tensors(path):
-    """The dict in a .safetensors file or a torch checkpoint of tensors and plain containers; DataError if there is none."""
+    """The dict of a .safetensors file or of a torch checkpoint of tensors and plain containers."""
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts save their arguments beside
+        with torch.serialization.safe_globals([argparse.Namespace]):  # some scripts save their arguments too
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise data.DataError(f"{path}: no such file") from None
@@ -852,65 +857,72 @@ def fill(model, state):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise data.DataError(f"{state['name']}.pt does not fit its settings: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise data.DataError(f"{state['name']}.pt does not fit its settings: {reason}") from None
 
 # ---------------------------------------------------------------- a trained model's use
 
 def one_model(args):
     """The state of the one model that --predict and --export use."""
-    states = load_run(args)
-    adopt(args, states)
-    if len(states) > 1 or WORLD > 1:
+    state, *others = load_run(args)
+    adopt(args, [state])
+    if others or WORLD > 1:
         raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
-    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in states[0]["classes"]):
-        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {', '.join(states[0]['classes'])}")
-    return states[0]
+    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in state["classes"]):
+        known = ", ".join(state["classes"])
+        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {known}")
+    return state
 
 @torch.no_grad()
 def save_queries(path, model, samples, images, device, labels=None):
-    """Fig. 4c: how a decoder query's positions attend to each other, P x P, for the first test image of each class.
+    """Fig. 4c: how a query's positions attend to each other, P x P, for the first test image of each class.
 
-    Shown before the softmax, as the cosine of q's rows: at the length that q reaches, the softmax is one-hot. UniAD's query is
-    its first layer's. Positions run row by row over the feature map.
+    Shown before the softmax, which is one-hot at the length that q reaches: cosines of q's rows. UniAD's
+    query is its first layer's. Positions run row by row over the feature map.
     """
     first, seen, pictures = {}, [], []
     for i, sample in enumerate(samples):
         first.setdefault(sample.cls, i)
     hook = model.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
     for cls, i in first.items():
-        model(model.backbone(to_device(images[[i]], device)), None if labels is None else labels[[i]].to(device))
+        label = None if labels is None else labels[[i]].to(device)
+        model(model.backbone(to_device(images[[i]], device)), label)
         q = F.normalize(seen.pop()[0], dim=-1)  # P x D
         pictures.append(metrics.panels([metrics.heat((q @ q.T).cpu().numpy(), 0, 1)], cls, 0, 1))
     hook.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
-    metrics.sheet({f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
-                   for i in range(0, len(pictures), 5)}, path)
+    rows = {f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
+            for i in range(0, len(pictures), 5)}
+    metrics.sheet(rows, path)
 
 def predict(args, device):
-    """Score, verdict, class and picture of the images --predict names; True if every image could be judged."""
+    """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
     state, asked = one_model(args), args.classes
     files, network = data.find_images(args.predict), Inference(restore(state, device), args)
     if not asked and needed_labels(state["settings"], [], []):
-        raise data.DataError(f"--classes: this model needs the class of the images, one of {', '.join(state['classes'])}")
+        known = ", ".join(state["classes"])
+        raise data.DataError(f"--classes: this model needs the class of the images, one of {known}")
 
     def look(images):
         samples = [data.Sample("", 0, None, asked[0] if asked else "", "")] * len(images)
-        maps, scores, k = infer(network, images, device, *needed_labels(state["settings"], samples, state["classes"]),
-                                quiet=True)
+        labels = needed_labels(state["settings"], samples, state["classes"])
+        maps, scores, k = infer(network, images, device, *labels, quiet=True)
         named = [state["classes"][int(i)] if i >= 0 else None for i in k]
         return maps, scores, asked * len(images) if asked else named
 
-    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, claim(args), log)
+    folder = claim(args)
+    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
 
 def export(args):
     """Write the network as a torch.export program, which loads without this project."""
     state = one_model(args)
     if needed_labels(state["settings"], [], []):
-        raise data.DataError("--export: this variant needs a class label beside the image and is not exported")
+        raise data.DataError("--export: this variant needs a class label beside the image and is not "
+                             "exported")
     write_program(Inference(restore(state, torch.device("cpu")), args), args)
 
 def bench(args, device):
-    """Table 6: parameters, multiply-adds, seconds per batch; training steps per second; beside the paper's for its settings."""
+    """Table 6, ours and theirs: parameters, multiply-adds, seconds per batch; training steps per second."""
     if needed_labels(vars(args), [], []):
         raise data.DataError("--bench: a variant that needs a label is not timed")
     model = build(vars(args), build_backbone(vars(args), "none"), [str(i) for i in range(15)]).to(device)
@@ -919,7 +931,8 @@ def bench(args, device):
     if (args.backbone, size) == (PAPER["backbone"], PAPER["size"]):
         theirs = ("6.27", "0.92", .032, .068, .089, .146, .2305) if args.uniad else (
             "9.44", "1.13", .026, .035, .057, .104, .194)
-    log(f"{args.backbone}, {size} x {size}, {device}, {torch.get_num_threads()} threads; in brackets the paper's, on its GPU")
+    log(f"{args.backbone}, {size} x {size}, {device}, {torch.get_num_threads()} threads; in brackets the "
+        "paper's, on its GPU")
     parts = {"in all": model, **dict(model.named_children())}
     counts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}" for name, part in parts.items()]
     log(f"parameters (M): {', '.join(counts)} ({theirs[0]})")
@@ -931,6 +944,9 @@ def bench(args, device):
     def step():
         loss, _ = objective(model, model(f), label)
         loss.backward()
+        for optimizer, _ in steppers:
+            optimizer.step()
+            optimizer.zero_grad()
         return loss.item()
 
     for B, seconds_of_paper in zip((1, 8, 16, 32, 64), theirs[2:]):
@@ -940,18 +956,21 @@ def bench(args, device):
                 look()
             log(f"multiply-adds: {counter.get_total_flops() / 2e9:.2f} G ({theirs[1]})")
         log(f"batch {B}: {seconds(look):.4f} s ({seconds_of_paper})")
-    model.train()
-    f, label = torch.randn(args.batch_size, model.H * model.W, len(model.mean), device=device), None
+    steppers = optimizers(model.train(), args, device)
+    f = torch.randn(args.batch_size, model.H * model.W, len(model.mean), device=device)
     label = torch.arange(args.batch_size, device=device) % 15
-    log(f"training, batch {args.batch_size}: {1 / seconds(step):.3f} forward and backward passes/s")
+    log(f"training, batch {args.batch_size}: {1 / seconds(step):.3f} steps/s")
     log(f"storage {sum(v.nbytes for v in model.state_dict().values()) / 2**20:.1f} MiB")
 
 def write_program(network, args):
     size = args.crop or args.size
     program = torch.export.export(network.eval(), (torch.rand(2, 3, size, size),),
                                   dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    with data.atomic(args.export) as temporary:
-        torch.export.save(program, temporary)
+    try:
+        with data.atomic(args.export) as temporary:
+            torch.export.save(program, temporary)
+    except RuntimeError as error:  # a full disk
+        raise data.DataError(f"cannot write {args.export} ({' '.join(str(error).split())[:120]})") from None
     log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score")
 
 def seconds(function, repeats=5):
@@ -970,7 +989,8 @@ PROGRAM, LOG = Path(__file__).stem, []  # LOG: the run's log.txt, open on proces
 
 def start(name):
     """The device of this process; joins the process group under torchrun. Raises DataError."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or best
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -980,9 +1000,11 @@ def start(name):
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f"--device {name}: not usable here ({str(error).splitlines()[0][:120]})") from None
+        reason = str(error).splitlines()[0][:120]
+        raise data.DataError(f"--device {name}: not usable here ({reason})") from None
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return device
 
 def from_first(function, *args):
@@ -999,8 +1021,23 @@ def total(x):
         dist.all_reduce(x)
     return x
 
+@torch.no_grad()
+def infer(network, images, device, *labels, quiet=False):
+    """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
+
+    Every process computes its share; process 0 gets all, the others None for each output.
+    """
+    N = len(images)
+    rows = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on each; the surplus is cut
+    parts, chunk = [], 4 if device.type == "cpu" else 32  # large temporary tensors cost a CPU twice the time
+    for batch in progress(rows.split(chunk), "evaluate", quiet):
+        x = to_device(images[batch.numpy()], device)
+        parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
+    outputs = [gather(torch.cat(part)) for part in zip(*parts)]
+    return [None if output is None else output[:N].numpy() for output in outputs]
+
 def gather(x, everywhere=False):
-    """Rows RANK::WORLD of every process, as many each -> all rows, in order, on process 0 or everywhere; else None."""
+    """Rows RANK::WORLD of every process, as many each -> all, in order; None where they are not wanted."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)] if RANK == 0 or everywhere else None
@@ -1008,7 +1045,7 @@ def gather(x, everywhere=False):
     return torch.stack(parts, 1).flatten(0, 1) if parts else None  # n x WORLD x .. -> N x ..
 
 def to_device(images, device):
-    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1; a GPU copies from pinned memory while it computes."""
+    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1; from pinned memory a GPU copies in parallel."""
     images = torch.from_numpy(np.ascontiguousarray(images))
     images = images.pin_memory() if device.type == "cuda" else images
     return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
@@ -1037,9 +1074,9 @@ TABLES = {  # (set, unified?): first the columns, then the rows
         leather   1.000 1.000 .331 .369   tile       .993 .992  .415 .417   wood       .986 .994  .372 .400
         mean       .965 .986  .445 .498""",  # Tables 1, 10
     ("mvtec", False): """ uniad:i_auroc mint:i_auroc
-        bottle    1.000 .992   cable     .976 .986   capsule    .853 .810   hazelnut   .999 1.000  metal_nut  .990 .971
-        pill       .883 .983   screw     .919 .978   toothbrush .950 .956   transistor 1.000 .999  zipper     .967 .996
-        carpet     .999 1.000  grid      .985 .999   leather   1.000 1.000  tile       .990 .990   wood       .979 .989
+    bottle 1.000 .992   cable .976 .986  capsule    .853  .810   hazelnut   .999  1.000  metal_nut .990 .971
+    pill   .883  .983   screw .919 .978  toothbrush .950  .956   transistor 1.000 .999   zipper    .967 .996
+    carpet .999  1.000  grid  .985 .999  leather    1.000 1.000  tile       .990  .990   wood      .979 .989
         mean       .966 .977""",  # Table 1
     ("visa", True): """ uniad:i_auroc mint:i_auroc uniad:p_aupr mint:p_aupr
         cashew     .928 .882 .502 .286    chewinggum .996 .999 .604 .624    fryum      .898 .954 .476 .387
@@ -1048,9 +1085,9 @@ TABLES = {  # (set, unified?): first the columns, then the rows
         pcb2       .934 .964 .089 .277    pcb3       .894 .980 .149 .340    pcb4       .994 .988 .365 .304
         mean       .920 .957 .355 .394""",  # Table 2
     ("cifar10", True): """ uniad:i_auroc mint:i_auroc
-        01234      .844 .867   56789     .809 .833   02468      .930 .936   13579      .906 .926""",  # Table 7
+        01234      .844 .867   56789     .809 .833   02468     .930 .936   13579     .906 .926""",  # Table 7
 }
-# Tables 4, 5: the flags that differ from MINT-AD's defaults, I-AUROC and P-AUPR of the mean, MVTec AD unified.
+# Tables 4, 5, MVTec AD unified: the flags that differ from MINT-AD's defaults, mean I-AUROC and P-AUPR.
 VARIANTS = {
     "uniad query=pool": (.976, .470),
     "uniad query=token": (.979, .470),
@@ -1064,8 +1101,8 @@ VARIANTS = {
     "no-prior-loss": (.981, .477),
     "query=learned": (.983, .502),
 }
-BACKBONES = """ resnet18.tv_in1k resnet34.tv_in1k resnet50.tv_in1k resnet101.tv_in1k tf_efficientnet_b0.aa_in1k
-    tf_efficientnet_b2.aa_in1k tf_efficientnet_b6.aa_in1k"""
+BACKBONES = """ resnet18.tv_in1k resnet34.tv_in1k resnet50.tv_in1k resnet101.tv_in1k
+    tf_efficientnet_b0.aa_in1k tf_efficientnet_b2.aa_in1k tf_efficientnet_b6.aa_in1k"""
 TABLE_8 = dict(zip(BACKBONES.split(), (.931, .927, .943, .931, .983, .964, .985)))
 
 def variant(args):
@@ -1075,13 +1112,14 @@ def variant(args):
         flags.append(f"query={args.query}")
     if args.prompt != "feature":
         return " ".join([*flags, f"prompt={args.prompt}"])  # which has no classifier anyway
-    off = [name for name in ("adapter", "cls_loss", "prior_loss") if not getattr(args, name) and args.query != "mlp"]
+    names = ("adapter", "cls_loss", "prior_loss") if args.query != "mlp" else ()
+    off = [name for name in names if not getattr(args, name)]
     return " ".join([*flags, *(f"no-{name.replace('_', '-')}" for name in off)])
 
 def paper_figures(args, found):
     """{row: {metric: the paper's figure}} for this set, setting, variant and backbone, {} if it gives none.
 
-    found: the rows of our result. A mean, and anything of a unified model, compares only over all of the paper's classes.
+    found: our result's rows. A mean, and any row of a unified model, compares only over all their classes.
     """
     rows, flags = read_table(TABLES.get((args.data, args.unified), "none")), variant(args)
     complete = set(rows) - {"mean"} <= set(found)
@@ -1090,8 +1128,9 @@ def paper_figures(args, found):
         return {}
     if args.backbone == PAPER["backbone"] and flags in ("", "uniad"):
         method = "uniad:" if args.uniad else "mint:"
-        return {row: {column.removeprefix(method): x for column, x in rows[row].items() if column.startswith(method)}
-                for row in rows if row in found or row == "mean" and complete}
+        shown = [row for row in rows if row in found or row == "mean" and complete]
+        return {row: {column.removeprefix(method): x for column, x in rows[row].items() if method in column}
+                for row in shown}
     mean = {}
     if (args.data, args.unified) == ("mvtec", True):
         if args.backbone == PAPER["backbone"]:
@@ -1101,7 +1140,7 @@ def paper_figures(args, found):
     return {"mean": mean} if mean else {}
 
 def read_table(text):
-    """{row: {column: figure}} of one of the tables above: first the columns, then each row's name and its figures."""
+    """{row: {column: figure}} of one of the tables: first the columns, then each row's name and figures."""
     head, *lines = text.strip().splitlines()
     columns, words, rows = head.split(), iter(" ".join(lines).split()), {}
     for row in words:
@@ -1111,14 +1150,18 @@ def read_table(text):
 # ---------------------------------------------------------------- command line
 
 RANGES = dict(size=(64, 2**14), crop=(64, 2**14), holdout=(0, 0.9), workers=(1, 1024), epochs=(1, 10**6),
-              batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1), seed=(0, 2**31 - 1),
-              p_hard=(0, 1), p_lim=(0, 1))
+              batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1),
+              seed=(0, 2**31 - 1), p_hard=(0, 1), p_lim=(0, 1))
+
+def flag(key):
+    return "--" + key.replace("_", "-")
 
 def show(settings):
-    return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in settings.items() if value is not None)
+    given = {key.replace("_", "-"): value for key, value in settings.items() if value is not None}
+    return ", ".join(f"{key} {value}" for key, value in given.items())
 
 def new_parser(description, defaults):
-    """The flags that both scripts have. A setting's default is None: the preset or the checkpoint fills it in."""
+    """The flags of both scripts. A setting's default is None: the preset or the checkpoint fills it in."""
     parser = argparse.ArgumentParser(
         description=description, epilog="Commands: the header of this file. Defaults: " + defaults,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118))
@@ -1127,10 +1170,10 @@ def new_parser(description, defaults):
     add("--root", metavar="DIR", help="where the data lies (default data/NAME)")
     add("--classes", nargs="+", metavar="A", help="a subset of the classes")
     add("--normals", help="cifar10: the five normal classes (default 01234)")
-    add("--unified", action=argparse.BooleanOptionalAction, help="one model for all classes (default: one per class)")
+    add("--unified", action=argparse.BooleanOptionalAction, help="one model for all classes, not one each")
     add("--size", type=int, help="images are resized to size x size pixels")
     add("--crop", type=int, help="then the centre crop x crop is taken")
-    add("--holdout", type=float, metavar="SHARE", help="training images kept for --predict's threshold (folder, toy: 0.1)")
+    add("--holdout", type=float, metavar="SHARE", help="kept back to find the threshold (folder, toy: 0.1)")
     add("--cache", default="cache", metavar="DIR|none", help="decoded images (default cache)")
     add("--workers", type=int, help="decoding processes (default: all cores)")
     add = parser.add_argument_group("training").add_argument
@@ -1160,35 +1203,40 @@ def check(parser, args):
         values = getattr(args, key, None)
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not low <= value <= high:
-                parser.error(f"--{key.replace('_', '-')} {value}: expected {low} to {high}")
-    uses = [f"--{key.replace('_', '-')}" for key in ("predict", "export", "save_maps", "bench") if getattr(args, key)]
+                parser.error(f"{flag(key)} {value}: expected {low} to {high}")
+    uses = [flag(key) for key in ("predict", "export", "save_maps", "bench") if getattr(args, key)]
     if len(uses) > 1:
         parser.error(f"{uses[0]} and {uses[1]}: one at a time")
-    if (args.predict or args.export) and not args.eval or args.bench and args.eval:
-        parser.error(f"{uses[0]} needs --eval CKPT" if not args.bench else "--bench goes without --eval")
+    if args.bench and args.eval:
+        parser.error("--bench goes without --eval")
+    if (args.predict or args.export) and not args.eval:
+        parser.error(f"{uses[0]} needs --eval CKPT")
     free = ("classes",) if args.predict else ("score",)  # the rest is the checkpoint's
     typed = [key for key in (*SETTINGS, "seed") if getattr(args, key) is not None and key not in free]
-    if args.eval and (typed or args.resume):
-        parser.error(f"--{(typed or ['resume'])[0].replace('_', '-')} does not go with --eval: the checkpoint says it")
+    typed += ["resume"] if args.resume else []
+    if args.eval and typed:
+        parser.error(f"{flag(typed[0])} does not go with --eval: the checkpoint says it")
     if args.crop and args.size and args.crop > args.size:
         parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     if args.export:
         path = Path(args.export).absolute()
         if path.suffix != ".pt2" or not path.parent.is_dir() or path.exists():
-            parser.error(f"--export {args.export}: expected a new file that ends in .pt2, in a folder that exists")
+            parser.error(f"--export {args.export}: expected a new file that ends in .pt2, in a folder that "
+                         "exists")
 
 def parse(argv=None):
-    """The arguments; what the user left out comes from the preset, or with --eval later from the checkpoint."""
-    parser = new_parser("MINT-AD (arXiv 2403.14213): train, evaluate, predict.", f"{show(PAPER)}; toy: {show(TOY)}")
+    """The arguments; what the user left out comes from the preset, or with --eval from the checkpoint."""
+    defaults = f"{show(PAPER)}; toy: {show(TOY)}"
+    parser = new_parser("MINT-AD (arXiv 2403.14213): train, evaluate, predict.", defaults)
     add = parser.add_argument_group("MINT-AD").add_argument
-    add("--optimizer", choices=("adamw", "muon"), help="muon, for the transformer's matrices, learns faster (default adamw)")
+    add("--optimizer", choices=("adamw", "muon"), help="muon, for the transformer's matrices (default adamw)")
     add("--query", choices=("inr", "mlp", "learned", "layerwise", "pool", "token", "text"),
         help="inr (default), mlp, learned; with --uniad layerwise (default), pool, token, text")
-    add("--prompt", choices=("feature", "label", "image"), help="source of the class token z (default feature)")
+    add("--prompt", choices=("feature", "label", "image"), help="source of class token z (default feature)")
     add("--no-adapter", dest="adapter", action="store_const", const=False, help="f' = f, standardised")
     add("--no-cls-loss", dest="cls_loss", action="store_const", const=False, help="without Eq. 1")
     add("--no-prior-loss", dest="prior_loss", action="store_const", const=False, help="without Eq. 4")
-    add("--literal", action="store_const", const=True, help="Eq. 4 and 5 as printed, without the determinants")
+    add("--literal", action="store_const", const=True, help="Eq. 4, 5 as printed, without the determinants")
     add("--uniad", action="store_const", const=True, help="the UniAD baseline, whole")
     add("--text", metavar="FILE", help="--query text: safetensors, a row of text embedding per class name")
     args = parser.parse_args(argv)
@@ -1196,9 +1244,10 @@ def parse(argv=None):
     if args.eval:
         return args
     if args.uniad:
-        for key in ("prompt", "adapter", "cls_loss", "prior_loss", "literal"):
+        for key in ("prompt", "literal", "adapter", "cls_loss", "prior_loss"):
             if getattr(args, key) is not None:
-                parser.error(f"{'--' if key in ('prompt', 'literal') else '--no-'}{key.replace('_', '-')} does not go with --uniad")
+                name = flag(key if key in ("prompt", "literal") else f"no_{key}")
+                parser.error(f"{name} does not go with --uniad")
     name = args.data or "toy"
     preset = PAPER | {"root": str(Path("data", "" if "+" in name else name))}
     preset |= TOY if name == "toy" and not args.bench else {"holdout": 0.1} if name == "folder" else {}
@@ -1210,13 +1259,16 @@ def parse(argv=None):
             setattr(args, key, value)
     allowed = ("layerwise", "pool", "token", "text") if args.uniad else ("inr", "mlp", "learned")
     if args.query not in allowed:
-        parser.error(f"--query {args.query}: {'with' if args.uniad else 'without'} --uniad choose from {', '.join(allowed)}")
+        which = "with" if args.uniad else "without"
+        parser.error(f"--query {args.query}: {which} --uniad choose from {', '.join(allowed)}")
     if args.query == "learned" and not args.prior_loss and args.prompt != "feature":
-        parser.error(f"--prompt {args.prompt}: nothing uses the class token with --query learned --no-prior-loss")
+        parser.error(f"--prompt {args.prompt}: nothing uses the class token with --query learned "
+                     "--no-prior-loss")
     if (args.query == "text") != bool(args.text):
         parser.error("--query text and --text FILE go together")
     if name == "cifar10" and (args.prompt == "label" or args.query in ("pool", "token", "text")):
-        parser.error("--data cifar10: this variant needs the class of every test image, which anomalies there have not")
+        parser.error("--data cifar10: this variant needs the class of every test image, which anomalies "
+                     "there have not")
     args.unified |= name == "cifar10"  # UniAD's protocol has no other setting
     args.cls_loss &= args.prompt == "feature"  # no classifier, no Eq. 1
     args.prior_loss &= args.query != "mlp"  # Sec. 0.B.6
@@ -1240,13 +1292,13 @@ def run(argv):
     return 0
 
 def main(argv=None):
-    """Exit status 0; 1: an image could not be judged, or another process died; 2: one line says why; 130: interrupted."""
+    """Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted."""
     code, line = 0, None
     try:
         code = run(argv)
     except (data.DataError, OSError) as error:
         code, line = 2, f"error: {error}"
-        time.sleep(10 if RANK else 0)  # process 0 mostly has the same error, and torchrun then ends this process
+        time.sleep(10 if RANK else 0)  # process 0 mostly has the same error; torchrun then ends this process
         if WORLD > 1:
             ErrorHandler().record_exception(error)  # torchrun's last lines then tell it
     except KeyboardInterrupt:
