@@ -486,7 +486,7 @@ def mined_mean(S, threshold):
     return (squares * mined).sum() / count, count
 
 def local_loss(S):
-    """Eq. 7: mean of S^2; S is B x H x W. (Eq. 1, which Eq. 2 and 7 replace, is the same on one scale.)"""
+    """Eq. 7: mean of S^2; S is B x H x W. (Eq. 1, the mean of M on each scale, is its predecessor.)"""
     return mined_mean(S, 0)[0]
 
 def local_hm_loss(S, p_lim=0.9995):
@@ -665,7 +665,7 @@ def train_run(args, device):
     images = decode(args, dataset.train, "training images")
     held_out = data.hold_out(dataset.train, args.holdout)
     if args.weights == "none":
-        log("warning: the backbone is untrained (--weights none): good enough to see the code run, not for results")
+        log("warning: the backbone is untrained (--weights none): good to see the code run, not for results")
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
     backbone = build_backbone(settings, args.weights)
     for seed in args.seed:
@@ -959,7 +959,7 @@ def write_program(network, args):
             torch.export.save(program, temporary)
     except RuntimeError as error:  # a full disk
         raise data.DataError(f"cannot write {args.export} ({' '.join(str(error).split())[:120]})") from None
-    log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score")
+    log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score (mintad.py: and class)")
 
 def seconds(function, repeats=5):
     """Median time of function(), which must wait for the device; the first call is not counted."""
@@ -1157,7 +1157,7 @@ def new_parser(description, defaults):
     add("--crop", type=int, help="then the centre crop x crop is taken")
     add("--holdout", type=float, metavar="SHARE", help="kept back to find the threshold (folder, toy: 0.1)")
     add("--cache", default="cache", metavar="DIR|none", help="decoded images (default cache)")
-    add("--workers", type=int, help="decoding processes (default: all cores)")
+    add("--workers", type=int, help="decoding threads (default: all cores)")
     add = parser.add_argument_group("training").add_argument
     add("--backbone", metavar="NAME", help="any timm CNN; minimaxad.py: also unireplknet_a, _f, _p, _n, _t")
     add("--weights", metavar="FILE|none", help="its checkpoint (default: timm's download); none: untrained")

@@ -8,7 +8,7 @@
     python mintad.py --eval runs/mintad-mvtec-unified                   # a trained model's table again
     python mintad.py --eval runs/mintad-mvtec-unified --predict photos  # score, verdict, class and picture
 
-    f   : B x C x H x W   features of a frozen backbone, stages 1-4 resized to stage 4 and concatenated
+    f   : B x P x C       features of a frozen backbone, stages 1-4 resized to stage 4 and concatenated
     f'  : B x P x C       adapter(f), one linear layer
     z   : B x 32          class token of f', the layer before the classification head
     q   : B x P x D       INR(positions, z), the transformer decoder's query; q -> mu, log sigma of f'
@@ -18,7 +18,7 @@
 
 Details of the implementation and where each comes from:
 
- 1. Backbone: levels of reduction 2, 4, 8, 16, resized bilinearly (align_corners) to the last; frozen (UniAD).
+ 1. Backbone: levels of reduction 2, 4, 8, 16 (CIFAR-10: 32 too), resized bilinearly (align_corners) to 16; frozen.
  2. Features are standardised per channel with the training features' mean and deviation: not in the paper,
     but else the few channels of large scale own every loss. `--uniad` uses raw features, as its authors.
  3. Eq. 4 and 5 are likelihoods of the original features, as Eq. 3 writes it; nothing is detached (objective;
@@ -26,7 +26,8 @@ Details of the implementation and where each comes from:
  4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9); its start is ours.
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers,
     learned row and column positions added to queries and keys, jitter on the input tokens.
- 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32; Muon is ours.
+ 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. What exceeds the
+    paper's rate is warmed up to; so is Muon's, which is ours.
  7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit by bit.
 """
 import argparse
@@ -653,7 +654,7 @@ def train_run(args, device):
     images = decode(args, dataset.train, "training images")
     held_out = data.hold_out(dataset.train, args.holdout)
     if args.weights == "none":
-        log("warning: the backbone is untrained (--weights none): good enough to see the code run, not for results")
+        log("warning: the backbone is untrained (--weights none): good to see the code run, not for results")
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
     backbone = build_backbone(settings, args.weights)
     for seed in args.seed:
@@ -971,7 +972,7 @@ def write_program(network, args):
             torch.export.save(program, temporary)
     except RuntimeError as error:  # a full disk
         raise data.DataError(f"cannot write {args.export} ({' '.join(str(error).split())[:120]})") from None
-    log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score")
+    log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score (mintad.py: and class)")
 
 def seconds(function, repeats=5):
     """Median time of function(), which must wait for the device; the first call is not counted."""
@@ -1175,7 +1176,7 @@ def new_parser(description, defaults):
     add("--crop", type=int, help="then the centre crop x crop is taken")
     add("--holdout", type=float, metavar="SHARE", help="kept back to find the threshold (folder, toy: 0.1)")
     add("--cache", default="cache", metavar="DIR|none", help="decoded images (default cache)")
-    add("--workers", type=int, help="decoding processes (default: all cores)")
+    add("--workers", type=int, help="decoding threads (default: all cores)")
     add = parser.add_argument_group("training").add_argument
     add("--backbone", metavar="NAME", help="any timm CNN; minimaxad.py: also unireplknet_a, _f, _p, _n, _t")
     add("--weights", metavar="FILE|none", help="its checkpoint (default: timm's download); none: untrained")

@@ -150,7 +150,7 @@ def test_eval_of_an_unfinished_training_says_so(script, run, tmp_path):
     state = torch.load(run / "seed1.pt", weights_only=True)
     torch.save({**state, "epoch": 2, "normal": None}, tmp_path / "seed1.pt")
     result = succeed(inside(script, "--eval", tmp_path))
-    assert "warning: the training of seed1 stopped after epoch 2 of 3" in result.stdout
+    assert "training stopped after epoch 2 of 3" in result.stdout
     result = inside(script, "--eval", tmp_path, "--predict", "x.png")
     assert result.returncode == 2 and "--resume" in result.stderr
 

@@ -49,9 +49,9 @@ def assert_same(one, many):
     for a, b in zip(one[0], many[0], strict=True):
         for key in a:  # root mean squares: Adam turns the rounding of a vanishing gradient into a whole step
             rms, difference = (x.double().square().mean().sqrt() for x in (a[key], b[key] - a[key]))
-            assert difference <= 2e-3 * rms + 5e-4, key
+            assert difference <= 2e-3 * rms + 2e-3, key
     for row, values in one[1]["classes"].items():
-        assert many[1]["classes"][row] == pytest.approx(values, abs=2e-3)
+        assert many[1]["classes"][row] == pytest.approx(values, abs=1e-4)
 
 
 def free_port():
