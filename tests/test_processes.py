@@ -92,7 +92,7 @@ DEATHS = {
 }
 
 
-@pytest.mark.parametrize("how", DEATHS)
+@pytest.mark.parametrize("how", DEATHS if os.environ.get("ALL_PROCESSES") else ["killed", "full disk"])
 def test_a_process_that_dies_ends_the_run(how, tmp_path):
     extra, said = DEATHS[how]
     write(tmp_path, "mintad", extra)
@@ -107,11 +107,11 @@ def test_a_process_that_dies_ends_the_run(how, tmp_path):
 
 def test_an_error_is_said_once(tmp_path):
     write(tmp_path, "minimaxad")
-    for args, said in (["--data", "nothing"], "unknown set 'nothing'"), (["--epochs", "0"], "--epochs 0"):
-        process = subprocess.run(command(*args, processes=2), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-        lines = [line for line in process.stderr.splitlines() if line.startswith(("error: ", "start.py: error: "))]
-        assert process.returncode != 0 and len(lines) == 1 and said in lines[0], process.stderr
-    assert "Root Cause" in process.stderr  # torchrun's own report
+    process = subprocess.run(command("--data", "nothing", processes=2), cwd=tmp_path, env=ENVIRONMENT, capture_output=True,
+                             text=True)
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert process.returncode != 0 and len(lines) == 1 and "unknown set 'nothing'" in lines[0], process.stderr
+    assert "unknown set 'nothing'" in process.stderr.partition("Root Cause")[2]  # in torchrun's last lines, too
 
 
 def test_interrupt_is_one_line(tmp_path):
