@@ -18,7 +18,7 @@
 
 Details of the implementation and where each comes from:
 
- 1. Backbone: levels of reduction 2, 4, 8, 16 (CIFAR-10: 32 too), resized bilinearly (align_corners) to 16; frozen.
+ 1. Backbone: levels of reduction 2, 4, 8, 16 (CIFAR-10: 32 too), resized bilinearly (align_corners) to 16.
  2. Features are standardised per channel with the training features' mean and deviation: not in the paper,
     but else the few channels of large scale own every loss. `--uniad` uses raw features, as its authors.
  3. Eq. 4 and 5 are likelihoods of the original features, as Eq. 3 writes it; nothing is detached (objective;
@@ -448,22 +448,19 @@ def objective(model, outputs, label, literal=False):
     const; times 2s^2 / C it is Eq. 5 - 2s^2 log |det W| / C. Without determinants (literal) f' shrinks.
     """
     f_, r, logits, gaussian = outputs
-    mse = F.mse_loss(r, f_)  # Eq. 5
-    loss, logged = mse, {"mse": mse}
-    det = 0
+    logged = {"mse": F.mse_loss(r, f_)}  # Eq. 5
+    det = ce = prior = 0
     if model.adapter and not literal:
-        det = -model.adapter.log_det() / f_.shape[-1]
-        loss, logged["det"] = loss + 2 * 0.5**2 * det, det
+        det = logged["det"] = -model.adapter.log_det() / f_.shape[-1]
     if logits is not None:
-        ce = F.cross_entropy(logits.float(), label)  # Eq. 1
-        loss, logged["ce"] = loss + LAMBDA_CE * ce, ce
+        ce = logged["ce"] = F.cross_entropy(logits.float(), label)  # Eq. 1
         logged["accuracy"] = (logits.argmax(1) == label).float().mean()
     if gaussian:
         mu, log_sigma = gaussian
         nll = 0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)
-        prior = nll.mean() + det  # Eq. 4
-        loss, logged["prior"] = loss + LAMBDA_PRIOR * prior, prior
-    return loss, logged | {"std f'": f_.detach().std()}
+        prior = logged["prior"] = nll.mean() + det  # Eq. 4, of the original features by Eq. 3
+    mse = logged["mse"] + 2 * 0.5**2 * det  # the likelihood of the original features, s = 1/2
+    return mse + LAMBDA_CE * ce + LAMBDA_PRIOR * prior, logged | {"std f'": f_.detach().std()}  # Eq. 6
 
 # ---------------------------------------------------------------- anomaly map and score
 
@@ -547,7 +544,9 @@ def learning_rate(lr, step, steps):
 
     5e-4 at once blinds the attention: in 200 steps all positions of an image get the same, and for good.
     """
-    return min(lr, PAPER["lr"] * (1 + step / 100)) if step < 0.8 * steps else 0.1 * lr
+    if step >= 0.8 * steps:
+        return 0.1 * lr
+    return min(lr, PAPER["lr"] * (1 + step / 100))
 
 def train(model, state, samples, images, index, folder, device):
     """Train the model in place on images[index]; a checkpoint after each epoch, from where state stops."""
