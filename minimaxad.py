@@ -511,9 +511,11 @@ def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0
         return global_loss(encoder_maps, decoder_maps), encoder_maps[0].new_tensor(pixels)
     S = anomaly_map(encoder_maps, decoder_maps, size, "nearest")
     if name == "adc":
-        threshold = adc_threshold(S, p_hard, p_lim)
+        threshold = adc_threshold(S, p_hard, p_lim)  # Eq. 8
+    elif name == "local-hm":
+        threshold = quantile(S.square(), p_lim)  # Eq. 9
     else:
-        threshold = quantile(S.square(), p_lim) if name == "local-hm" else 0
+        threshold = 0  # Eq. 7
     return mined_mean(S, threshold)
 
 # ---------------------------------------------------------------- anomaly map and score

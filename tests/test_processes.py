@@ -1,6 +1,8 @@
 """Several processes, on one node and on two, give what one process gives; a process that dies ends the run.
 
-Dropout and jitter are drawn by each process for its own images, so MINT-AD runs without them here.
+Dropout and jitter are drawn by each process for its own images, so MINT-AD runs without them where they are compared.
+There SGD stands in for AdamW, whose first steps turn the rounding of a vanishing gradient into a whole step, and which
+does not notice a gradient that is wrong by a factor.
 """
 import json
 import os
@@ -29,6 +31,17 @@ ARGS = {"mintad": ["--backbone", "resnet18"], "minimaxad": ["--backbone", "unire
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+# Seen: 2e-8 and 7e-4; with unweighted shares 5e-5, with BatchNorm per process 4e-2, without the factor WORLD 4e-1.
+LIMIT = {"mintad": 1e-6, "minimaxad": 3e-3}
+
+SGD = """
+def sgd(parameters, lr=0.05, *_, **__):
+    return torch.optim.SGD(parameters, lr)
+torch.optim.AdamW = sgd
+script.learning_rate = lambda lr, step, steps: lr
+"""
+
+
 def write(folder, script, extra=""):
     (folder / "start.py").write_text(START.format(root=str(ROOT), script=script, extra=extra))
 
@@ -45,11 +58,11 @@ def result(folder):
     return [state["model"] for state in states], json.loads((folder / "out/metrics.json").read_text())
 
 
-def assert_same(one, many):
+def assert_same(one, many, limit):
     for a, b in zip(one[0], many[0], strict=True):
-        for key in a:  # root mean squares: Adam turns the rounding of a vanishing gradient into a whole step
+        for key in a:
             rms, difference = (x.double().square().mean().sqrt() for x in (a[key], b[key] - a[key]))
-            assert difference <= 2e-3 * rms + 2e-3, key
+            assert difference <= limit * (rms + 0.01), key
     for row, values in one[1]["classes"].items():
         assert many[1]["classes"][row] == pytest.approx(values, abs=1e-4)
 
@@ -62,8 +75,8 @@ def free_port():
 
 @pytest.mark.parametrize("script", ARGS)
 def test_one_and_several_processes_and_nodes_agree(script, tmp_path):
-    """25 images in batches of 6: the last has one; 22 test images for 3 processes, one on the first of two nodes."""
-    args = [*TINY, *ARGS[script], "--batch-size", "6", "--out", "out"]
+    """25 images in batches of 8, the last of one, and 22 test images for 3 processes, one on the first of two nodes."""
+    args = [*TINY, *ARGS[script], "--batch-size", "8", "--lr", "0.05", "--out", "out"]
     layouts = {"one": [(1, 1, 0)], "nodes": [(2, 1, 0), (2, 2, 1)]}  # (nodes, processes, rank of the node)
     if os.environ.get("ALL_PROCESSES"):
         layouts |= {"two": [(1, 2, 0)], "three": [(1, 3, 0)], "four": [(1, 4, 0)], "2 x 1": [(2, 1, 0), (2, 1, 1)],
@@ -73,14 +86,14 @@ def test_one_and_several_processes_and_nodes_agree(script, tmp_path):
         for count, processes, rank in nodes:
             folder = tmp_path / f"{name}{rank}"  # each node has its own data, cache and output folder
             folder.mkdir()
-            write(folder, script)
+            write(folder, script, SGD)
             running.append(subprocess.Popen(command(*args, nodes=count, processes=processes, rank=rank, port=port), cwd=folder,
                                             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         for process in running:
             output = process.communicate(timeout=280)[0]
             assert process.returncode == 0, output[-3000:]
         if name != "one":
-            assert_same(result(tmp_path / "one0"), result(tmp_path / f"{name}0"))
+            assert_same(result(tmp_path / "one0"), result(tmp_path / f"{name}0"), LIMIT[script])
     assert not list((tmp_path / "nodes1").glob("out/seed*"))  # results are process 0's
 
 
