@@ -11,14 +11,12 @@ import csv
 import difflib
 import glob
 import hashlib
-import itertools
 import os
 import re
-import stat
 import zlib
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, namedtuple
 from functools import lru_cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -36,21 +34,25 @@ def printable(text):
     """One line of valid UTF-8: a file name may hold line breaks, and bytes on which print would fail."""
     return " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
 
-def reason(error):
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+@contextlib.contextmanager
+def explain(text, *errors, hint=""):
+    """An error in the block, of these classes or any, becomes a DataError: the text, its reason, the hint."""
+    try:
+        yield
+    except DataError:
+        raise
+    except errors or Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError("; ".join(filter(None, [f"{text}: {reason[:200]}", hint]))) from None
 
 class Sample(NamedTuple):
-    image: str        # path; "FILE#INDEX" in a CIFAR-10 batch; "toy:CLASS/SPLIT/DEFECT/INDEX"
+    image: str        # path; "cifar10:ROOT/SPLIT#INDEX"; "toy:CLASS/SPLIT/DEFECT/INDEX"
     label: int        # 0 good, 1 defective
     mask: str | None  # None: a good image, or a defective one whose mask is not known
     cls: str          # the class it trains as
     row: str          # the row of the table it counts in: the class, AeBAD's domain or CIFAR-10's split
 
-class Dataset(NamedTuple):
-    name: str
-    classes: list[str]
-    train: list[Sample]
-    test: list[Sample]
+Dataset = namedtuple("Dataset", "name classes train test")       # train, test: lists of Sample
 
 # ---------------------------------------------------------------- the walk over a tree
 
@@ -62,10 +64,8 @@ OTHERS = set(".heic .heif .jxl .svg .raw .dng .cr2 .nef .arw .npy .npz .zip .tar
 JUNK = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 def walk(folder, follow=True, skip=(), above=()):
-    """Yields the paths of all that looks like data, images and OTHERS, below a folder, in natural order.
-
-    follow: go into links to folders; a broken link is then an error. skip: subfolders to leave out.
-    """
+    """Yields the paths of what looks like data, images and OTHERS, below a folder, in natural order.
+    follow: go into links to folders; a broken link is then an error. skip: subfolders to leave out."""
     here = Path(os.path.realpath(folder))
     above = above or tuple(here.parents)
     if here not in above:              # a link may lead to a folder that holds it
@@ -79,18 +79,14 @@ def walk(folder, follow=True, skip=(), above=()):
 def entries(folder, follow=True):
     """(name, whether it is a folder) in natural order (2 before 10), without hidden files and JUNK."""
     try:
-        with os.scandir(folder) as found:
-            pairs = [(entry.name, stat.S_ISDIR(entry.stat(follow_symlinks=follow).st_mode)) for entry in found
-                     if not entry.name.startswith(".") and entry.name not in JUNK]
+        found = sorted(os.scandir(folder), key=lambda entry: natural(entry.name))
+        return [(entry.name, entry.stat(follow_symlinks=follow) and entry.is_dir(follow_symlinks=follow))
+                for entry in found if not entry.name.startswith(".") and entry.name not in JUNK]
     except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {reason(error)}") from None
-    return sorted(pairs, key=lambda pair: natural(pair[0]))
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
 
 def subfolders(root):
     return [name for name, is_folder in entries(root) if is_folder]
-
-def folders_in(root):
-    return {name.casefold() for name in subfolders(root)}
 
 def is_image(path):
     return Path(path).suffix.lower() in SUFFIXES
@@ -103,43 +99,33 @@ def natural(name):
 # walk() found in root/CLASS. What a layout leaves over is named by load().
 
 def mvtec(root, cls, files, good="good", domains=False):
-    """CLASS/train/good/**, test/good/**, test/DEFECT/**, ground_truth/DEFECT/**, the folders in any case.
-
-    domains: the folders below good and DEFECT are rows of the table.
-    """
+    """CLASS/{train/good,test/good,test/DEFECT,ground_truth/DEFECT}/**, the folders in any case.
+    domains: the folders below good and DEFECT are rows of the table."""
     images = {path: [part.casefold() for part in Path(path).relative_to(root / cls).parts[:-1]]
               for path in files if is_image(path)}
     beside = {os.path.splitext(path)[0] + "_mask" for path in images}     # masks may lie beside images
-    masks, truth = {}, set()
+    masks = {}
     for path, folders in images.items():
         if folders[:1] == ["ground_truth"] or os.path.splitext(path)[0] in beside:
-            truth.add(path)
             masks.setdefault((*folders[1:], Path(path).stem.casefold()), []).append(path)
     for path, folders in images.items():
-        if path not in truth and len(folders) > 1 + domains and \
+        if len(folders) > 1 + domains and os.path.splitext(path)[0] not in beside and \
                 (folders[0] == "test" or folders[:2] == ["train", good]):
             mask = None if folders[1] == good else find_mask(masks, folders[1:], path)
             yield folders[0], Sample(path, int(folders[1] != good), mask, cls, folders[2] if domains else cls)
 
 def find_mask(masks, folders, image):
     """An image's mask, STEM_mask.* or STEM.* in its folders or the first of them, or None.
-
-    masks: {(*folders, stem): paths}, the keys in lower case.
-    """
+    masks: {(*folders, stem): paths}, the keys in lower case."""
     stem = Path(image).stem
     for place in folders, folders[:1]:
         for name in stem + "_mask", stem:
             if found := masks.get((*place, name.casefold())):     # of several: the same case first, then png
                 return min(found, key=lambda path: (Path(path).stem != name, not path.endswith(".png"), path))
-    return None
 
 def mvtec_classes(root):               # others, as results/, are none
-    found = [name for name in subfolders(root) if {"train", "test"} & folders_in(root / name)]
-    if not found:
-        raise DataError(f"no images in {root}: looked for CLASS/train/good and CLASS/test in it")
-    return found
-
-VISA_CSV = "split_csv/1cls.csv"
+    return [name for name in subfolders(root)
+            if {"train", "test"} & {folder.casefold() for folder in subfolders(root / name)}]
 
 def visa(root, cls, files):
     """Raw: split_csv/1cls.csv lists object, split, label, image, mask, below root. Prepared: as mvtec."""
@@ -147,58 +133,42 @@ def visa(root, cls, files):
     if not lines:
         yield from mvtec(root, cls, files)
     for _, split, label, image, mask in (line for line in lines if line[0] == cls):
-        bad = label == "anomaly"
-        if (split, label) not in (("train", "normal"), ("test", "normal"), ("test", "anomaly")):
-            raise DataError(f"{root / VISA_CSV}: {image} has split '{split}' and label '{label}'")
-        for path in (image, mask)[:1 + bad]:
-            if not os.path.isfile(root / path):
-                raise DataError(f"{root / VISA_CSV}: no file '{path}' of {image} in {root}")
-        yield split, Sample(str(root / image), int(bad), str(root / mask) if bad else None, cls, cls)
+        mask = str(root / mask) if label == "anomaly" and mask else None
+        yield split, Sample(str(root / image), int(label == "anomaly"), mask, cls, cls)
 
 def visa_csv(root):
     """The lines (object, split, label, image, mask); none if there is no such file."""
-    columns, path = ("object", "split", "label", "image", "mask"), root / VISA_CSV
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = csv.DictReader(file, restval="")
-            for column in columns:
-                if column not in (lines.fieldnames or ()):
-                    raise DataError(f"{path}: no column '{column}'")
-            return [tuple(line[column].strip().replace("\\", "/") for column in columns) for line in lines]
-    except FileNotFoundError:
+    columns, path = ("object", "split", "label", "image", "mask"), root / "split_csv/1cls.csv"
+    if not path.exists():
         return []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {reason(error)}") from None
-
-def visa_classes(root):
-    return list(dict.fromkeys(line[0] for line in visa_csv(root))) or mvtec_classes(root)
+    with explain(f"cannot read {path}, columns {', '.join(columns)}"):
+        lines = [tuple(line[column].strip().replace("\\", "/") for column in columns)
+                 for line in csv.DictReader(path.read_text("utf-8-sig").split("\n"), restval="")]
+    for line in lines:
+        if line[1:3] not in (("train", "normal"), ("test", "normal"), ("test", "anomaly")):
+            raise DataError(f"{path}: unknown split or label: {', '.join(line)}")
+    return lines
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-BATCH = 10000                          # images in each
-BATCH_IMAGE = re.compile(f"(.*(?:{'|'.join(BATCHES)}))#([0-9]+)", re.DOTALL)     # "FILE#INDEX"
 
 def cifar10(root, cls, files, normals):
-    """data_batch_1..5 train, test_batch tests; UniAD's protocol: five classes are normal."""
+    """UniAD's protocol: five classes are normal and train, all ten test."""
     if not re.fullmatch("[0-9]{5}", normals) or len(set(normals)) < 5:
         raise DataError(f"--normals {normals}: expected five different digits, for example 01234")
     label = int(str(CIFAR10.index(cls)) not in normals)
-    for index in np.flatnonzero(cifar10_arrays(str(root))[1] == CIFAR10.index(cls)):
-        batch = BATCHES[index // BATCH]
-        split = "test" if batch == "test_batch" else "train"
-        if split == "test" or not label:
-            yield split, Sample(str(root / f"{batch}#{index % BATCH}"), label, None, cls, normals)
+    for split in ("train", "test")[label:]:
+        for index in np.flatnonzero(cifar10_arrays(str(root), split)[1] == CIFAR10.index(cls)):
+            yield split, Sample(f"cifar10:{root}/{split}#{index}", label, None, cls, normals)
 
 @lru_cache(2)
-def cifar10_arrays(root):
-    """uint8 60000 x 32 x 32 x 3 and the labels of CIFAR-10's python version, in the order of BATCHES."""
+def cifar10_arrays(root, split):
+    """uint8 N x 32 x 32 x 3 and N labels of the train or test images of CIFAR-10's python version."""
     from torchvision import datasets   # not at the top: the other sets do without it
     try:                               # it checks every file's MD5 before it unpickles
-        parts = [datasets.CIFAR10(Path(root).resolve().parent, train=train) for train in (True, False)]
+        part = datasets.CIFAR10(Path(root).resolve().parent, train=split == "train")
     except Exception:
-        raise DataError(f"{root}: a file of cifar-10-batches-py is missing or its MD5 is wrong; unpack "
-                        f"{datasets.CIFAR10.url} again") from None
-    return np.concatenate([part.data for part in parts]), np.concatenate([part.targets for part in parts])
+        raise DataError(f"{root}: a file is missing or its MD5 wrong: get {datasets.CIFAR10.url}") from None
+    return part.data, np.array(part.targets)
 
 def toy(root, cls, files):
     """28 train, 10 good and 12 defective test images, drawn by toy_image()."""
@@ -216,17 +186,17 @@ class Set(NamedTuple):
     masks: bool = True                  # whether a defective image without one is an error
 
 SETS = {
-    "mvtec": Set(mvtec, "https://www.mvtec.com/company/research/datasets/mvtec-ad", ((15, 3629, 467, 1258),)),
-    "visa": Set(visa, "https://github.com/amazon-science/spot-diff", ((12, 8659, 962, 1200),), ("1cls",),
-                visa_classes),
+    "mvtec": Set(mvtec, "https://www.mvtec.com/company/research/datasets/mvtec-ad", [(15, 3629, 467, 1258)]),
+    "visa": Set(visa, "https://github.com/amazon-science/spot-diff", [(12, 8659, 962, 1200)], ["1cls"],
+                lambda root: list(dict.fromkeys(line[0] for line in visa_csv(root))) or mvtec_classes(root)),
     "btad": Set(partial(mvtec, good="ok"), "https://github.com/pankajmishra000/VT-ADL",
-                ((3, 1799, 451, 290),)),
-    "goodsad": Set(mvtec, "https://github.com/jianzhang96/GoodsAD", ((6, 3136, 1328, 1660),)),
-    "mad": Set(mvtec, "https://github.com/EricLee0224/PAD", ((20,), (10,)), ("MAD-Sim", "MAD-Real")),
-    "aebad": Set(partial(mvtec, domains=True), "https://github.com/zhangzilongc/MMR", ((1, 521, 490, 1149),),
-                 ("AeBAD_S",)),
+                [(3, 1799, 451, 290)]),
+    "goodsad": Set(mvtec, "https://github.com/jianzhang96/GoodsAD", [(6, 3136, 1328, 1660)]),
+    "mad": Set(mvtec, "https://github.com/EricLee0224/PAD", [(20,), (10,)], ["MAD-Sim", "MAD-Real"]),
+    "aebad": Set(partial(mvtec, domains=True), "https://github.com/zhangzilongc/MMR", [(1, 521, 490, 1149)],
+                 ["AeBAD_S"]),
     "cifar10": Set(cifar10, "https://www.cs.toronto.edu/~kriz/cifar.html (python version)",
-                   ((5, 25000, 5000, 5000),), ("cifar-10-batches-py",), lambda root: CIFAR10, masks=False),
+                   [(5, 25000, 5000, 5000)], ["cifar-10-batches-py"], lambda root: CIFAR10, masks=False),
     "folder": Set(mvtec, "ROOT/CLASS/{train/good,test/good,test/DEFECT,ground_truth/DEFECT}", masks=False),
     "toy": Set(toy, "data.py"),
 }
@@ -239,25 +209,24 @@ def load(names, root=None, classes=None, normals="01234", log=print):
     classes: a subset. normals: the digits of CIFAR-10's five normal classes. log: called with a line per
     class and per warning ("warning: .."). train or test may be empty. Raises DataError.
     """
-    parts, known, dataset = names.split("+"), [], Dataset(names, [], [], [])
+    parts, found = names.split("+"), []
     for name in parts:
         if name not in SETS:
             raise DataError(f"--data {names}: unknown set '{name}'{nearest(name, NAMES)}")
-    if len(set(parts)) < len(parts):
-        raise DataError(f"--data {names}: a set is named twice")
+        if parts.count(name) > 1:
+            raise DataError(f"--data {names}: a set is named twice")
     for name in parts:
         prefix = f"{name}/" * (len(parts) > 1)
         folder = Path(root or "data", name) if prefix or not root else Path(root)
         try:
-            part = load_one(name, folder.expanduser(), classes, normals, prefix, log)
+            found.append(load_one(name, folder.expanduser(), classes, normals, prefix, log))
         except DataError as error:
             raise DataError(f"{name}: {error}; see {SETS[name].source}") from None
-        for into, more in zip((known, *dataset[1:]), part):
-            into.extend(more)
+    known, *lists = (sum(each, []) for each in zip(*found))
     for cls in classes or ():
         if cls not in known:
             raise DataError(f"--classes {cls}: no such class{nearest(cls, known)}")
-    return dataset
+    return Dataset(names, *lists)
 
 def load_one(name, root, classes, normals, prefix, log):
     """One set's classes, those asked for, and their training and test samples; a prefix begins all names."""
@@ -268,45 +237,40 @@ def load_one(name, root, classes, normals, prefix, log):
     kind, (root, found, others) = SETS[name], locate(name, root)
     layout = partial(cifar10, normals=normals) if name == "cifar10" else kind.samples
     chosen = [cls for cls in found if not classes or prefix + cls in classes]
-    train, test, maskless = [], [], {}
+    train, test = [], []
     for cls in chosen:
         files = list(walk(root / cls)) if os.path.isdir(root / cls) else []
-        pairs = list(layout(root, cls, files))
+        pairs = [(split, sample._replace(cls=prefix + sample.cls, row=prefix + sample.row))
+                 for split, sample in layout(root, cls, files)]
         if not pairs:
             raise DataError(f"no images of class '{cls}' in {root} (--classes says which classes to take)")
-        owner, twice = {}, []          # mask -> the first image that has it
-        for split, sample in pairs:
-            into = train if split == "train" else test
-            into.append(sample._replace(cls=prefix + sample.cls, row=prefix + sample.row))
-            if sample.mask and owner.setdefault(sample.mask, sample.image) != sample.image:
-                twice.append(f"{owner[sample.mask]} and {sample.image}")
-        maskless[cls] = [sample.image for _, sample in pairs if sample.label and not sample.mask]
-        if maskless[cls] and kind.masks:
-            image = Path(maskless[cls][0])
-            raise DataError(f"no mask of {image}: looked for {image.stem}_mask.* and {image.stem}.* in "
-                            f"{str(image.parent).replace('/test/', '/ground_truth/')}")
+        train += [sample for split, sample in pairs if split == "train"]
+        test += [sample for split, sample in pairs if split == "test"]
         count = Counter((split, sample.label) for split, sample in pairs)
+        masks = Counter(sample.mask for _, sample in pairs if sample.mask)
         log(printable(f"{prefix}{cls}: {count['train', 0]} train, {count['test', 0]} good, "
-                      f"{count['test', 1]} defective, {len(owner)} masks"))
+                      f"{count['test', 1]} defective, {len(masks)} masks"))
         if not count["test", 0] + count["test", 1]:
             log(printable(f"warning: {prefix}{cls}: no test images, so no row in the table"))
-        used = {*owner, *(sample.image for _, sample in pairs)}
+        used = {*masks, *(sample.image for _, sample in pairs)}
         warn(prefix + cls, "not used", [path for path in files if path not in used])
-        warn(prefix + cls, "images that share a mask", twice)
+        warn(prefix + cls, "images that share a mask", [s.image for _, s in pairs if masks[s.mask] > 1])
     warn(root, "not used, no part of a class", others)
     if "mean" in {sample.row for sample in train + test}:
         raise DataError(f"{root}: a class cannot be called 'mean' as the table's last row; rename its folder")
-    if any(sample.mask for sample in test):
-        for cls, images in maskless.items():
-            warn(prefix + cls, "defective images without a mask", images)
+    bare = [sample for sample in test if sample.label and not sample.mask]
+    if bare and kind.masks:
+        truth = Path(bare[0].image.replace("/test/", "/ground_truth/"))
+        raise DataError(f"no mask of {bare[0].image}: looked for {truth.with_suffix('')}[_mask].*")
+    for cls in dict.fromkeys(sample.cls for sample in bare) if any(sample.mask for sample in test) else ():
+        warn(cls, "defective images without a mask", [sample.image for sample in bare if sample.cls == cls])
     trained = {sample.cls for sample in train}
-    if name == "cifar10":
-        chosen = [cls for cls in chosen if prefix + cls in trained]
-    for cls in chosen:
-        if prefix + cls not in trained and (train or "train" in folders_in(root / cls)):
-            raise DataError(f"no train images of class '{cls}': looked in {root / cls / 'train'}")
-    labels = Counter(sample.label for sample in test)
-    have = len(chosen), len(train), labels[0], labels[1]
+    untrained = [cls for cls in chosen
+                 if prefix + cls not in trained and (train or os.path.isdir(root / cls / "train"))]
+    if untrained and name != "cifar10":                # its anomalous classes only test
+        raise DataError(f"no train images of class '{untrained[0]}' in {root / untrained[0] / 'train'}")
+    chosen = [cls for cls in chosen if cls not in untrained]
+    have = len(chosen), len(train), sum(not s.label for s in test), sum(s.label for s in test)
     if not classes and kind.counts and not any(have[:len(count)] == count for count in kind.counts):
         words = "classes", "train", "good", "defective"
         had, full = (", ".join(map("{} {}".format, numbers, words)) for numbers in (have, kind.counts[0]))
@@ -322,11 +286,13 @@ def locate(name, root):
     inside = [folder for folder in SETS[name].inside if os.path.isdir(root / folder)]
     if len(inside) > 1:
         raise DataError(f"{root} holds {' and '.join(inside)}: take one, as --root {root / inside[0]}")
-    root = root / inside[0] if inside else root
-    if "train" in folders_in(root):    # the root is a class itself
+    root = Path(root, *inside)
+    if "train" in map(str.casefold, subfolders(root)):            # the root is a class itself
         root = Path(os.path.abspath(root))
         return root.parent, [root.name], []
     found = SETS[name].classes(root)
+    if not found:
+        raise DataError(f"no images in {root}: looked for CLASS/train/good and CLASS/test in it")
     return root, found, list(walk(root, follow=False, skip=found))
 
 def nearest(name, known):
@@ -342,7 +308,7 @@ def hold_out(samples, share):
         held[mine[np.arange(count) * len(mine) // count]] = True
     return held
 
-def listing(samples, root=None):
+def listing(samples):
     """A line per sample: its path below the deepest folder that holds all, whatever root is, and its size."""
     files = {sample.image for sample in samples if os.path.isfile(sample.image)}
     base = os.path.dirname(os.path.commonprefix(list(files))) or "."
@@ -351,25 +317,17 @@ def listing(samples, root=None):
 
 # ---------------------------------------------------------------- reading images and masks
 
-MAX_PIXELS = 400_000_000               # line scans are that large; a file of a few bytes may claim more
-Image.MAX_IMAGE_PIXELS = None          # Pillow's own, lower limit; opened() has ours
+Image.MAX_IMAGE_PIXELS = 200_000_000   # Pillow refuses twice as many; line scans are that large
 SOFTWARE = "mint-minimax-ad"           # the text chunk "Software" of the pictures that this program writes
 
 @contextlib.contextmanager
 def opened(name):
     """The file as a Pillow image, not decoded yet; what goes wrong in the block is a DataError too."""
-    try:
+    with explain(f"cannot read image {name}"):         # Pillow's readers raise anything on a damaged file
         if os.path.exists(name) and not os.path.isfile(name):     # a pipe would wait for ever
-            raise DataError(f"cannot read image {name}: not a regular file")
+            raise OSError("not a regular file")
         with Image.open(name) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"cannot read image {name}: {image.width} x {image.height} pixels, over the "
-                                f"limit of {MAX_PIXELS}; cut it into parts")
             yield image
-    except DataError:
-        raise
-    except Exception as error:         # Pillow's readers raise anything on a damaged file
-        raise DataError(f"cannot read image {name}: {reason(error)}") from None
 
 def read_image(name):
     """Any image as an RGB Pillow image, upright by its EXIF orientation, alpha dropped.
@@ -379,68 +337,61 @@ def read_image(name):
     """
     if name.startswith("toy:"):
         return Image.fromarray(toy_image(name)[0])
-    if batch := BATCH_IMAGE.fullmatch(name):
-        root, file = os.path.split(batch[1])
-        return Image.fromarray(cifar10_arrays(root)[0][BATCHES.index(file) * BATCH + int(batch[2])])
+    if name.startswith("cifar10:"):
+        file, _, index = name.removeprefix("cifar10:").rpartition("#")
+        return Image.fromarray(cifar10_arrays(*os.path.split(file))[0][int(index)])
     with opened(name) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
-            # The scale must not depend on how bright an image of a set happens to be. So values below a
-            # sixteenth of the range (12 bit data in a 16 bit file, floats of 0..10) are refused, not
-            # stretched; a file cannot tell.
+            # The scale must not depend on how bright an image is: values below a sixteenth of the range (12
+            # bit data in a 16 bit file, floats of 0..10) are refused, not stretched; a file cannot tell.
             values = np.asarray(image).astype(np.float32)
             low, high = values.min(), values.max()                # nan if any value is
             limit = 65535 if image.mode != "F" else 1 if high <= 1 else 255
             if not 0 <= low <= high <= limit or limit > 1 and 0 < high < limit / 16:
-                raise DataError(f"cannot tell the scale of image {name}: values of {low:g} to {high:g}, not "
-                                "0 to 65535, or floats of 0 to 1 or 0 to 255; save the whole set as 8 bit")
+                raise ValueError(f"its scale is unclear, values of {low:g} to {high:g}, not 0 to 65535, or "
+                                 "floats of 0 to 1 or 0 to 255; save the whole set as 8 bit")
             image = Image.fromarray((values * (255 / limit) + 0.5).astype(np.uint8))
-        if image.mode == "P":          # it may hold transparency
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+        return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")   # P: with transparency
 
-GREY, ALPHA, EMPTY, MOST, ASPECT = 1, 2, 4, 8, 16       # what is odd about a mask, as bits of a byte
-NOTES = {GREY: "note: {}: masks of many grey values, which are defect from half their maximum on",
-         ALPHA: "warning: {}: masks in the alpha channel only, read from there",
-         EMPTY: "warning: {}: empty masks of defective images",
-         MOST: "warning: {}: every mask covers most of its image; if black means defect, invert them",
-         ASPECT: "warning: {}: masks of another aspect ratio than their image"}
+NOTES = ("note: {}: masks of many grey values, which are defect from half their maximum on",
+         "warning: {}: masks in the alpha channel only, read from there",
+         "warning: {}: empty masks of defective images",
+         "warning: {}: every mask covers most of its image; if black means defect, invert them",
+         "warning: {}: masks of another aspect ratio than their image")
 
 def read_mask(name):
     """bool H x W at the file's own size, see mask_and_notes(). Raises DataError as read_image."""
     return mask_and_notes(name)[0]
 
 def mask_and_notes(name, image=None):
-    """bool H x W, and what is odd about it as bits. image: the name of its image, to compare aspect ratios.
-
+    """bool H x W, and of each of NOTES whether it holds. image: its image's name, to compare aspect ratios.
     Channels reduce by their maximum, a palette counts by its colours. A label map (few values, or small ones)
-    is defect wherever it is not 0; a mask of many greys was smoothed or a JPEG once: from half the maximum.
-    """
+    is defect wherever it is not 0; a mask of many greys was smoothed or a JPEG: from half the maximum on."""
     if name.startswith("toy:"):
-        return toy_image(name)[1], 0
-    notes = 0
+        return toy_image(name)[1], [False] * len(NOTES)
+    in_alpha = other_aspect = False
     with opened(name) as file:
         ImageOps.exif_transpose(file, in_place=True)
         if file.mode != "L" and file.mode[0] not in "1IF":
             file = file.convert("RGBA")
         values = np.asarray(file)
         if values.ndim == 3:
-            colours, values, alpha = values[..., :3], values[..., :3].max(-1), values[..., 3]
-            if (colours == colours[0, 0]).all() and alpha.min() < alpha.max():
-                values, notes = alpha, ALPHA
+            colours, alpha = values[..., :3], values[..., 3]
+            in_alpha = (colours == colours[0, 0]).all() and alpha.min() < alpha.max()
+            values = alpha if in_alpha else colours.max(-1)
     mask = values != 0
     levels = np.unique(values[mask])
-    if len(levels) > 8 and (levels[-1] >= 128 or values.dtype.kind == "f"):
-        mask, notes = values >= levels[-1] / 2, notes | GREY
-    notes |= EMPTY * (not mask.any()) | MOST * (mask.mean() > 0.5)
+    many_greys = len(levels) > 8 and (levels[-1] >= 128 or values.dtype.kind == "f")
+    if many_greys:
+        mask = values >= levels[-1] / 2
     if image:
         with opened(image) as file:
-            width, height = file.size
-            if file.getexif().get(0x0112, 1) >= 5:                # EXIF orientation: lying on its side
-                width, height = height, width
-        ratio = mask.shape[1] * height / (mask.shape[0] * width)
-        notes |= ASPECT * (not 0.98 < ratio < 1.02)
-    return mask, int(notes)
+            upright = file.getexif().get(0x0112, 1) < 5           # by its EXIF orientation
+            width, height = file.size if upright else file.size[::-1]
+        other_aspect = not 0.98 < mask.shape[1] * height / (mask.shape[0] * width) < 1.02
+    notes = many_greys, in_alpha, not mask.any(), mask.mean() > 0.5, other_aspect
+    return mask, list(map(bool, notes))
 
 def find_images(patterns):
     """Files, folders (with subfolders; links to folders are not followed), globs -> paths in natural order.
@@ -449,10 +400,8 @@ def find_images(patterns):
     """
     found = {}                         # as an ordered set: overlapping patterns name a file once
     for pattern in patterns:
-        named, paths = [pattern], []
-        if not os.path.lexists(pattern):
-            named = sorted(glob.glob(pattern, recursive=True), key=natural)
-        for path in named:
+        paths, named = [], [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+        for path in sorted(named, key=natural):
             is_folder = os.path.isdir(path) and (path == pattern or os.path.basename(path) not in JUNK)
             paths += walk(path, follow=False) if is_folder else [path]
         paths = [path for path in paths if path == pattern or is_image(path) and not is_own(path)]
@@ -467,119 +416,97 @@ def is_own(path):                      # a picture that this program wrote
 
 # ---------------------------------------------------------------- decoding, and the cache of decoded images
 
-CACHE_VERSION = 2                      # part of the key: to be raised when the decoded bytes change
-
 def decode(samples, size, crop=None, masks=False, cache=None, workers=None, name="", progress=True,
            log=print):
     """The samples' images or masks, resized to size x size, then the central crop x crop (S = crop or size).
 
     Returns uint8 N x S x S x 3 (RGB, bilinear; CIFAR-10 Lanczos, as UniAD), or with masks bool N x S x S
     (nearest; zeros without a mask): in memory, or with cache=DIR memory-mapped, read-only, from a file that
-    is used again while the files and all that shapes the pixels are the same. workers: threads, default all
-    cores. log: called with a line per class and oddity of its masks. Raises DataError: unreadable image,
-    full disk, folder that cannot be written.
+    is used again while the files and all that shapes the pixels are the same. workers: threads. log: called
+    with a line per class and oddity of its masks. DataError: an unreadable image, a cache not to be written.
     """
-    settings, notes = {"size": size, "crop": crop, "masks": masks}, bytearray()
+    side, settings = crop or size, {"size": size, "crop": crop, "masks": masks}
+    record = np.dtype([("pixels", bool if masks else np.uint8, (side, side) if masks else (side, side, 3)),
+                       ("notes", bool, len(NOTES))])
 
     def decoded():                     # in threads: Pillow decodes and resizes without the GIL
-        work = partial(decode_one, **settings)
-        with ThreadPoolExecutor(workers) as pool, contextlib.closing(pool.map(work, samples)) as results:
-            for pixels, note in tqdm(results, f"decoding {name}", len(samples), unit="image",
-                                     disable=None if progress else True):
-                notes.append(note)
-                yield pixels
+        with ThreadPool(workers) as pool:
+            results = pool.imap(partial(decode_one, **settings), samples)
+            yield from tqdm(results, f"decoding {name}", len(samples), disable=not progress or None)
 
-    shape = (crop or size, crop or size) if masks else (crop or size, crop or size, 3)
-    kind = np.dtype((bool if masks else np.uint8, shape))
     with contextlib.closing(decoded()) as images:      # so that an error ends the threads' work too
         if cache is None or not samples:
-            array = np.fromiter(images, kind, len(samples))
+            table = np.fromiter(images, record, len(samples))
         else:
-            array, notes = cached(cache, samples, settings, kind, images, notes, log)
+            table = cached(cache, samples, settings, record, images, log)
     for cls in dict.fromkeys(sample.cls for sample in samples if sample.mask):
-        known = [(s.mask, note) for s, note in zip(samples, notes) if s.mask and s.cls == cls]
-        for bit, text in NOTES.items():
-            odd = [mask for mask, note in known if note & bit]
-            if odd and (bit != MOST or len(odd) == len(known)):
-                log(printable(f"{text.format(cls)}: {len(odd)} of {len(known)}, for example {odd[0]}"))
-    return array
+        mine = [i for i, sample in enumerate(samples) if sample.mask and sample.cls == cls]
+        for text, odd in zip(NOTES, table["notes"][mine].T):
+            if odd.all() or odd.any() and "every mask" not in text:
+                example = samples[mine[odd.argmax()]].mask
+                log(printable(f"{text.format(cls)}: {odd.sum()} of {len(mine)}, for example {example}"))
+    return table["pixels"]
 
 def decode_one(sample, size, crop, masks):
     """uint8 S x S x 3 or bool S x S, and its notes."""
-    note, inner = 0, crop or size
+    notes, inner = [False] * len(NOTES), crop or size
     if masks:
         mask = np.zeros((size, size), bool)
         if sample.mask:
-            mask, note = mask_and_notes(sample.mask, sample.image)
+            mask, notes = mask_and_notes(sample.mask, sample.image)
         image, method = Image.fromarray(mask), Image.Resampling.NEAREST
     else:
-        image, is_cifar = read_image(sample.image), BATCH_IMAGE.fullmatch(sample.image)
+        image, is_cifar = read_image(sample.image), sample.image.startswith("cifar10:")
         method = Image.Resampling.LANCZOS if is_cifar else Image.Resampling.BILINEAR
     edge = round((size - inner) / 2)
-    return np.asarray(image.resize((size, size), method).crop((edge, edge, edge + inner, edge + inner))), note
+    image = image.resize((size, size), method).crop((edge, edge, edge + inner, edge + inner))
+    return np.asarray(image), notes
 
-def cached(folder, samples, settings, kind, images, notes, log):
-    """Pixels (memory-mapped) and notes from the cache file of these samples, which is written if need be.
-
-    It holds the pixels, a byte of notes per sample and the CRC-32 of both; its name digests its sources.
-    """
+def cached(folder, samples, settings, record, images, log):
+    """The records (pixels, notes) of these samples, memory-mapped from their cache file, written if need be.
+    It holds the records and their CRC-32; its name digests its sources."""
     files = [(fingerprint(s.image), settings["masks"] and s.mask and fingerprint(s.mask)) for s in samples]
-    key = hashlib.sha256(repr((CACHE_VERSION, settings, files)).encode()).hexdigest()[:32]
-    path, length = Path(folder, f"decoded-{kind.shape[0]}-{key}.bin"), len(samples) * (kind.itemsize + 1)
-    try:
-        # The CRC-32 of anything that is followed by its CRC-32 is that of four zeros.
-        if path.exists() and not (os.path.getsize(path) == length + 4
-                                  and zlib.crc32(np.memmap(path, np.uint8, "r")) == zlib.crc32(bytes(4))):
-            log(f"note: {path} is damaged: building it anew")
-            path.unlink()
-        if not path.exists():
-            os.makedirs(folder, exist_ok=True)
-            with atomic(path) as temporary, open(temporary, "wb") as file:
-                crc = 0
-                for block in itertools.chain(images, [notes]):    # notes are complete when images end
-                    file.write(block)
-                    crc = zlib.crc32(block, crc)
-                file.write(crc.to_bytes(4, "little"))
-        pixels = np.memmap(path, kind.base, "r", 0, (len(samples), *kind.shape))
-        return pixels, np.fromfile(path, np.uint8, len(samples), offset=pixels.nbytes)
-    except OSError as error:
-        raise DataError(f"cannot keep {length / 1e9:.2f} GB of decoded images in {folder}: {reason(error)}; "
-                        "name another folder with --cache DIR, or --cache none") from None
+    key = hashlib.sha256(repr((3, settings, files)).encode()).hexdigest()[:32]      # 3: version of the bytes
+    path, size = Path(folder, f"decoded-{settings['size']}-{key}.bin"), len(samples) * record.itemsize
+    with contextlib.suppress(OSError):                 # no such file yet
+        content = np.memmap(path, mode="r") if os.path.getsize(path) == size + 4 else b""
+        if zlib.crc32(content) == zlib.crc32(bytes(4)):           # as of all that ends with its CRC-32
+            return np.memmap(path, record, "r", shape=len(samples))
+        log(f"note: {path} is damaged: building it anew")
+    with atomic(path, f"{size / 1e9:.2f} GB; name another folder: --cache DIR, or --cache none") as temporary:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "wb") as file:
+            crc = 0
+            for pixels, notes in images:
+                block = pixels.tobytes() + bytes(notes)
+                file.write(block)
+                crc = zlib.crc32(block, crc)
+            file.write(crc.to_bytes(4, "little"))
+    return np.memmap(path, record, "r", shape=len(samples))
 
 def fingerprint(name):
     """What changes when an image file does: path, size, times (a copy may keep one of them) and inode."""
-    batch = BATCH_IMAGE.fullmatch(name)
-    try:
-        found = os.stat(batch[1] if batch else name)
-    except OSError:                    # a toy image; of others the reader says what is wrong
+    if not os.path.exists(name):       # toy, CIFAR-10 (of known MD5); of others the reader says what is wrong
         return name
+    found = os.stat(name)
     return os.path.abspath(name), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 # ---------------------------------------------------------------- files written as a whole, folders of a run
 
-PARTIAL = re.compile(r"\.partial-\d+-[0-9a-f]{8}-.*", re.DOTALL)
-
 @contextlib.contextmanager
-def atomic(path):
-    """Yields a temporary path beside path, of its suffix; renamed to path at success, removed on error."""
-    folder, name = os.path.split(path)
-    start = f".partial-{os.getpid()}-{os.urandom(4).hex()}-"
-    name = os.fsencode(name)[len(start) - 255:].decode(errors="ignore")        # file systems take 255 bytes
-    temporary = os.path.join(folder, start + name)
+def atomic(path, hint=""):
+    """Yields a temporary path beside path, of its suffix; renamed to path at success, removed on error.
+    An OSError or a RuntimeError (torch.save on a full disk) becomes a DataError, which ends with the hint."""
+    temporary = str(Path(path).parent / f".partial-{os.getpid()}-{os.urandom(4).hex()}{Path(path).suffix}")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())    # or a power failure could leave the new name with an empty file
-        os.replace(temporary, path)
+        with explain(f"cannot write {path}", OSError, RuntimeError, hint=hint):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())    # or a power failure could leave the new name with an empty file
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-
-def remove_partial(folder):
-    """Removes what an atomic() that was killed has left in the folder, and no other file."""
-    for path in Path(folder).iterdir():
-        if PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
 
 def claim(folder, program, resume):
     """Makes a run's folder and returns its log.txt, open to append text and locked until it is closed.
@@ -587,28 +514,25 @@ def claim(folder, program, resume):
     Raises DataError if the folder cannot be written, holds files but no ".PROGRAM", by which the program
     marks its own, if another run has it, or if it holds a run (seed*.pt) and resume is false.
     """
-    folder = Path(folder)
-    mark = folder / f".{program}"
+    folder, mark = Path(folder), Path(folder, f".{program}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not mark.exists():
             raise DataError(f"--out {folder}: holds files that {program}.py did not write; name an empty one")
         mark.touch()
-        with contextlib.ExitStack() as stack:
-            log = open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
-            stack.enter_context(log)   # closed after an error
-            with contextlib.suppress(ImportError):     # Windows has no fcntl: no lock there
-                import fcntl
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if any(folder.glob("seed*.pt")) and not resume:
-                raise DataError(f"--out {folder}: holds a run; --resume goes on, another --out starts anew")
-            remove_partial(folder)
-            stack.pop_all()
-            return log
+        if any(folder.glob("seed*.pt")) and not resume:
+            raise DataError(f"--out {folder}: holds a run; --resume goes on, another --out starts anew")
+        log = open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
+        with contextlib.suppress(ImportError):         # Windows has no fcntl: no lock there
+            import fcntl
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in folder.glob(".partial-[0-9]*-" + 8 * "[0-9a-f]" + "*"):      # of a killed atomic()
+            path.unlink()
+        return log
     except BlockingIOError:
         raise DataError(f"--out {folder}: another run is writing into it") from None
     except OSError as error:
-        raise DataError(f"--out {folder}: cannot write there: {reason(error)}") from None
+        raise DataError(f"--out {folder}: cannot write there: {error.strerror}") from None
 
 # ---------------------------------------------------------------- the toy set
 # Two textures and two objects, drawn from a seed that is the image's name
@@ -619,60 +543,51 @@ SCRATCH = {"weave": (250, 250, 250), "granite": (25, 25, 30), "flange": (190, 70
 
 def toy_image(name):
     """"toy:CLASS/SPLIT/DEFECT/INDEX" -> uint8 128 x 128 x 3, and bool 128 x 128, where its defect is."""
-    cls, _, defect, _ = name[len("toy:"):].split("/")
+    cls, _, defect, _ = name.removeprefix("toy:").split("/")
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-    y, x = np.mgrid[:128, :128] - 63.5
+    y, x = np.mgrid[:128, :128][..., None] - 63.5                 # 128 x 128 x 1, as all below of one channel
     angle, dx, dy = rng.uniform((-0.06, -2, -2), (0.06, 2, 2))
     u = (x - dx) * np.cos(angle) + (y - dy) * np.sin(angle)
     v = (y - dy) * np.cos(angle) - (x - dx) * np.sin(angle)
-    part = np.full((128, 128), -9.0)   # signed distance to the object's outline; a texture fills the image
-    ground = np.zeros((128, 128, 3))
-
-    def cover(distance):               # 1 inside, 0 outside, smooth over a pixel
-        return np.clip(0.5 - distance, 0, 1)[..., None]
-
+    part, ground = -9.0, 0             # signed distance to the object's outline, and the colour around it
     if cls == "weave":
         s, t = u / 12 + rng.random(), v / 12 + rng.random()
         over = (np.floor(s) + np.floor(t)) % 2 == 0
         thread = 1 - np.abs(np.where(over, s, t) % 1 - 0.5)
-        image = thread[..., None] * np.where(over[..., None], (225, 190, 140), (190, 150, 105))
+        image = thread * np.where(over, (225, 190, 140), (190, 150, 105))
     elif cls == "granite":
-        grain = rng.random((66, 66)).repeat(2, 0).repeat(2, 1)
+        grain = rng.random((66, 66, 1)).repeat(2, 0).repeat(2, 1)
         grain = sum(grain[i:i + 128, j:j + 128] for i in range(3) for j in range(3)) / 9
-        image = (110 + 110 * grain + 30 * rng.random((128, 128)))[..., None] * (1, 0.98, 0.95)
+        image = (110 + 110 * grain + 30 * rng.random((128, 128, 1))) * (1, 0.98, 0.95)
     elif cls == "flange":
-        bolts = [(32 * np.cos(k * np.pi / 3), 32 * np.sin(k * np.pi / 3), 6) for k in range(6)]
-        holes = [r - np.hypot(u - a, v - b) for a, b, r in [(0, 0, 14), *bolts]]
-        part = np.maximum.reduce([np.hypot(u, v) - 46, *holes])
-        ground[:] = 52, 58, 66
-        image = (175 + 0.5 * u - 0.3 * v)[..., None] * (1, 1, 1.03)
+        bolts = [6 - np.hypot(u - 32 * np.cos(k), v - 32 * np.sin(k)) for k in np.arange(6) * np.pi / 3]
+        part = np.maximum.reduce([np.hypot(u, v) - 46, 14 - np.hypot(u, v), *bolts])
+        ground = 52, 58, 66
+        image = (175 + 0.5 * u - 0.3 * v) * (1, 1, 1.03)
     else:
-        part = np.hypot(u - u.clip(-28, 28), v) - 22
-        ground[:] = 214, 212, 205
-        image = np.where((u < 0)[..., None], (200, 60, 50), (240, 225, 150)) * (1 - (v / 36) ** 2)[..., None]
-    image = ground + (image - ground) * cover(part)
-
-    mask = np.zeros((128, 128, 1))
+        part, ground = np.hypot(u - u.clip(-28, 28), v) - 22, (214, 212, 205)
+        image = np.where(u < 0, (200, 60, 50), (240, 225, 150)) * (1 - (v / 36) ** 2)
+    inside = np.clip(0.5 - part, 0, 1)                 # 1 inside, 0 outside, smooth over a pixel
+    image = ground + (image - ground) * inside
+    shape, colour, strength = np.full(x.shape, np.inf), 0, 0.9    # shape: signed distance to the outline
     if defect == "missing":            # a bite at the edge of the object
         side = rng.choice([-1, 1])
         a, b, radius = (rng.uniform(-15, 15), 22 * side, 17) if cls == "pill" else (0, 44 * side, 21)
-        bite = np.hypot(u - a, v - b) - radius
-        mask, image = cover(np.maximum(bite, part)), image + (ground - image) * cover(bite)
+        shape, colour, strength = np.hypot(u - a, v - b) - radius, ground, 1
     elif defect != "good":
-        a, b = rng.uniform(-1, 1, 2) * {"pill": (24, 6)}.get(cls, (38, 38))
-        if cls == "flange":            # on its ring
-            a, b = np.array((a, b)) / np.hypot(a, b) * 28
-        colour = {"blotch": (35, 25, 25), "stain": (30, 80, 220), "scratch": SCRATCH.get(cls)}[defect]
+        centre = rng.uniform(-1, 1, 2) * ((24, 6) if cls == "pill" else 38)
+        a, b = centre / np.hypot(*centre) * 28 if cls == "flange" else centre     # there on its ring
         if defect == "scratch":        # a line with round ends
             p, q = rng.uniform(10, 22) * rng.choice([-1, 1]), rng.uniform(10, 22)
             t = np.clip(((x - a) * p + (y - b) * q) / (p * p + q * q), -1, 1)
-            shape = np.hypot(x - a - t * p, y - b - t * q) - 3
+            shape, colour = np.hypot(x - a - t * p, y - b - t * q) - 3, SCRATCH[cls]
         elif defect == "blotch":
-            discs = rng.uniform((-9, -9, 8), (9, 9, 12), (4, 3))
+            discs, colour = rng.uniform((-9, -9, 8), (9, 9, 12), (4, 3)), (35, 25, 25)
             shape = np.minimum.reduce([np.hypot(x - a - p, y - b - q) - r for p, q, r in discs])
         else:
-            shape = np.hypot(x - a, y - b) - rng.uniform(12, 15)
-        mask = cover(np.maximum(shape, part)) * 0.9
-        image = image + (colour - image) * mask
+            shape, colour = np.hypot(x - a, y - b) - rng.uniform(12, 15), (30, 80, 220)
+    cover = np.clip(0.5 - shape, 0, 1)
+    mask = np.minimum(cover, inside) * strength
+    image = image + (colour - image) * (cover if defect == "missing" else mask)
     image = image * rng.uniform(0.97, 1.03) + rng.uniform(-3, 3, image.shape)
     return image.clip(0, 255).round().astype(np.uint8), mask[..., 0] > 0.45

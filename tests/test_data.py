@@ -162,12 +162,12 @@ def test_cifar10(batches, normals):
     assert d.classes == classes and counts(d) == (5, 50, 10, 10)
     assert {s.cls for s in d.train} == set(classes) and {s.cls for s in d.test} == set(data.CIFAR10)
     assert all(s.label == (s.cls not in classes) and s.row == normals and s.mask is None for s in d.test)
-    for batch, sample in ("data_batch_2",
-                          [s for s in d.train if "data_batch_2" in s.image][3]), ("test_batch", d.test[5]):
+    train = [s for s in d.train if "/train#2" in s.image][3]   # 20 to 29: the second batch's first half
+    for batch, sample in ("data_batch_2", train), ("test_batch", d.test[5]):
         with open(batches / "cifar-10-batches-py" / batch, "rb") as file:
             content = pickle.load(file)
-        index = int(sample.image.split("#")[1])
-        assert data.CIFAR10[content["labels"][index]] == sample.cls and batch in sample.image
+        index = int(sample.image.split("#")[1]) % 20
+        assert data.CIFAR10[content["labels"][index]] == sample.cls
         expected = content["data"][index].reshape(3, 32, 32).transpose(1, 2, 0)
         np.testing.assert_array_equal(decode([sample])[0], expected)
         larger = Image.fromarray(expected).resize((64, 64), Image.Resampling.LANCZOS)
@@ -390,7 +390,7 @@ def test_gaps_are_named(pill):
 def test_names_that_differ_in_the_suffix(pill):
     trees.image(pill / "test/crack/000.jpg", 5)
     line, = warnings("folder", pill.parent)
-    assert "share a mask" in line and "crack/000.jpg" in line and "crack/000.png" in line
+    assert "share a mask: 2 files" in line and "crack/000.jpg" in line
     assert counts(load("folder", pill.parent)) == (1, 4, 2, 5)
 
 
@@ -413,7 +413,6 @@ def test_listing(tmp_path):
     assert data.listing(d.train) == data.listing(e.train) and len(set(data.listing(d.train + d.test))) == 18
     size = os.path.getsize(d.train[0].image)
     assert data.listing(d.train)[0] == f"bottle/train/good/000.png {size}"
-    assert data.listing(d.train, tmp_path / "a") == data.listing(e.train, tmp_path / "b/c")
     trees.image(e.train[3].image, size=40)
     assert [a == b for a,
             b in zip(data.listing(d.train), data.listing(e.train))] == [True] * 3 + [False] + [True] * 2
@@ -421,8 +420,7 @@ def test_listing(tmp_path):
 
 
 def test_listing_of_cifar10(batches):
-    assert {name for name in data.listing(load("cifar10", batches).train)} >= {"data_batch_1#0",
-                                                                               "data_batch_5#14"}
+    assert {"train#0", "train#94"} < set(data.listing(load("cifar10", batches).train))
 
 
 # Hostile input
@@ -525,12 +523,9 @@ def test_unreadable_files_and_cache(tmp_path):
 
 @pytest.mark.parametrize("damage, what", [
     (lambda text: text.replace("label", "lable", 1), "'label'"),
-    (lambda text: "", "'object'"),
-    (lambda text: text.replace("test,anomaly", "test,broken"), "'broken'"),
-    (lambda text: text.replace("candle,train", "candle,training"), "'training'"),
-    (lambda text: text.replace("Normal/test001", "Normal/test009"), "test009.JPG"),
-    (lambda text: text.replace("Masks/Anomaly/test001", "Masks/Anomaly/test009"), "test009.png"),
-    (lambda text: text.replace("candle/Data/Masks/Anomaly/test000.png", ""), "test000.JPG"),
+    (lambda text: text.replace("test,anomaly", "test,broken"), "broken"),
+    (lambda text: text.replace("candle,train", "candle,training"), "training"),
+    (lambda text: text.replace("train,normal", "train,anomaly"), "train000.JPG"),
     (lambda text: text + "\0", "1cls.csv"),
 ])
 def test_visa_csv(tmp_path, damage, what):
@@ -540,6 +535,17 @@ def test_visa_csv(tmp_path, damage, what):
     assert what in message and "1cls.csv" in message and "spot-diff" in message
     path.write_bytes(b"\xff\xfe\x00")
     assert "1cls.csv" in error(load, "visa", tmp_path)
+
+
+def test_missing_files_of_visa_csv(tmp_path):
+    path = trees.visa_raw(tmp_path) / "split_csv/1cls.csv"
+    text = path.read_text()
+    path.write_text(text.replace("Normal/test001", "Normal/test009"))
+    assert "Normal/test009.JPG" in error(decode, load("visa", tmp_path).test)
+    path.write_text(text.replace("Masks/Anomaly/test001", "Masks/Anomaly/test009"))
+    assert "Masks/Anomaly/test009.png" in error(decode, load("visa", tmp_path).test, masks=True)
+    path.write_text(text.replace("candle/Data/Masks/Anomaly/test000.png", ""))
+    assert "no mask of " in error(load, "visa", tmp_path)
 
 
 def test_visa_csv_with_backslashes(tmp_path):
@@ -603,10 +609,8 @@ def test_bad_image_files(tmp_path):
 
 def test_large_images(tmp_path, monkeypatch):
     path = str(trees.image(tmp_path / "a.png"))
-    monkeypatch.setattr(data, "MAX_PIXELS", 1024)
-    data.read_image(path)
-    monkeypatch.setattr(data, "MAX_PIXELS", 1023)
-    assert "32 x 32" in error(data.read_image, path) and "1023" in error(data.read_mask, path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 511)
+    assert "1024 pixels" in error(data.read_image, path) and "1024 pixels" in error(data.read_mask, path)
     Image.new("1", (12000, 9000)).save(tmp_path / "scan.png")  # more than Pillow allows by itself
     monkeypatch.undo()
     assert data.read_mask(str(tmp_path / "scan.png")).shape == (9000, 12000)
@@ -700,7 +704,7 @@ def test_exif_orientation(tmp_path, orientation):
     np.testing.assert_array_equal(np.asarray(data.read_image(str(tmp_path / "a.png"))), upright)
     np.testing.assert_array_equal(data.read_mask(str(tmp_path / "a.png")), upright.any(-1))
     Image.fromarray(upright.max(-1)).save(tmp_path / "m.png")  # of the upright photo's aspect ratio
-    assert data.mask_and_notes(str(tmp_path / "m.png"), str(tmp_path / "a.png"))[1] == 0
+    assert not any(data.mask_and_notes(str(tmp_path / "m.png"), str(tmp_path / "a.png"))[1])
 
 
 def test_cmyk_jpeg(tmp_path):
@@ -936,8 +940,6 @@ def test_cache_key(tmp_path, photos, reads, monkeypatch):
     one = decode(masked, masks=True, cache=tmp_path / "c")
     other = decode(masked[:1] + photos[1:], masks=True, cache=tmp_path / "c")
     assert one[1:].any() and other[:1].any() and not other[1:].any()
-    monkeypatch.setattr(data, "CACHE_VERSION", data.CACHE_VERSION + 1)
-    assert decoded()[0] == 5
     monkeypatch.chdir(tmp_path)  # the same files by a relative path
     relative = [s._replace(image=Path(s.image).name) for s in photos]
     assert decoded(samples=relative)[0] == 0
@@ -983,38 +985,55 @@ def test_cache_folder_is_a_file(tmp_path, photos):
 def test_atomic(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")
-    for problem in ValueError, KeyboardInterrupt:
-        with pytest.raises(problem):
+    for problem in ValueError("x"), KeyboardInterrupt(), data.DataError("x"):
+        with pytest.raises(type(problem)) as caught:
             with data.atomic(path) as temporary:
                 Path(temporary).write_text("half")
                 assert path.read_text() == "old" and temporary.endswith(".json")
                 raise problem
+        assert caught.value is problem
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with data.atomic(str(path)) as temporary:
         Path(temporary).write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_temporary_names(tmp_path):
-    for name in "x" * 251 + ".png", "ü" * 125 + ".json", "部" * 85:
-        with data.atomic(tmp_path / name) as temporary:
+@pytest.mark.parametrize("hint", ["", "name another"])
+def test_atomic_says_what_cannot_be_written(tmp_path, hint):
+    def write(path, problem=None):
+        with data.atomic(path, hint) as temporary:
             Path(temporary).write_text("x")
-            assert len(os.path.basename(temporary).encode()) <= 255 and temporary.endswith(name[-4:])
-            assert data.PARTIAL.fullmatch(os.path.basename(temporary))
-        assert (tmp_path / name).exists()
-    ours = [".partial-12-0123abcd-a.png", ".partial-1-01234567-x\ny.pt"]
-    users = [".tmp1-a.png", ".partial-12-0123abcd", ".partial-x-0123abcd-a", ".partial-1-0123ABCD-a",
-             "a.partial-1-01234567-b",
-             "partial-1-01234567-b", ".partial-1-0123456-b"]
-    for name in ours + users:
-        (tmp_path / name).write_text("x")
-    (tmp_path / ".partial-1-01234567-folder").mkdir()
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / ours[0]).write_text("x")
-    data.remove_partial(tmp_path)
-    assert not any((tmp_path / name).exists() for name in ours)
-    assert all((tmp_path / name).exists() for name in users)
-    assert (tmp_path / "below" / ours[0]).exists() and (tmp_path / ".partial-1-01234567-folder").exists()
+            if problem:
+                raise problem
+
+    path, end = tmp_path / "a.pt", f"; {hint}" if hint else ""
+    assert error(write, path, OSError(28, "No space left")) == f"cannot write {path}: No space left{end}"
+    assert error(write, path, RuntimeError("full disk")) == f"cannot write {path}: full disk{end}"
+    path = tmp_path / "none/a.pt"
+    assert error(write, path) == f"cannot write {path}: No such file or directory{end}"
+    (tmp_path / "folder").mkdir()
+    assert error(write, tmp_path / "folder") == f"cannot write {tmp_path / 'folder'}: Is a directory{end}"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_temporary_names(tmp_path):
+    """Of any name's suffix, and removed by the next run in the folder, which removes nothing else."""
+    out = tmp_path / "out"
+    data.claim(out, "mintad", False).close()
+    for name in "x" * 251 + ".png", "部" * 85:
+        with data.atomic(out / name) as temporary:
+            Path(temporary).write_text("x")
+            assert temporary.endswith(name[251:])
+            Path(temporary + "~").write_text("killed")
+        assert (out / name).exists()
+    users = [".tmp1-a.png", ".partial-x-0123abcd-a", ".partial-1-0123ABCD-a", "a.partial-1-01234567-b",
+             "partial-1-01234567-b", ".partial-1-0123456-b", "below/.partial-12-0123abcd.png"]
+    (out / "below").mkdir()
+    for name in users:
+        (out / name).write_text("x")
+    assert len(list(out.glob(".partial-*~"))) == 2
+    data.claim(out, "mintad", False).close()
+    assert not list(out.glob(".partial-*~")) and all((out / name).exists() for name in users)
 
 
 def test_claim(tmp_path):

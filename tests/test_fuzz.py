@@ -1,4 +1,4 @@
-"""Mangled trees: whatever is done to a data set, it loads or is refused in one line; no image is lost silently.
+"""Mangled trees: whatever is done to a data set, it loads or is refused in a line; no image is silently lost.
 
 FUZZ_TREES=700 tries that many trees instead of 60; FUZZ_SEED=7 begins with another one.
 """

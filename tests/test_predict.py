@@ -23,6 +23,7 @@ def look(pixels):
 
 def predict(files, folder, look=look, size=32, crop=None, normal=NORMAL):
     lines = []
+    folder.mkdir(parents=True, exist_ok=True)
     ok = metrics.predict([str(file) for file in files], look, size, crop, normal, 0.9, folder, lines.append)
     assert all("\n" not in line for line in lines)
     return ok, lines
@@ -115,37 +116,24 @@ def test_an_input_is_never_replaced(tmp_path):
     assert ok and content(tmp_path / "in").items() > before.items()
 
 
-def test_a_file_of_the_users_costs_only_the_picture_that_would_replace_it(tmp_path):
-    files = [photo(tmp_path / "in/a.png", 40), photo(tmp_path / "in/b.png", 40)]
-    mine = photo(tmp_path / "out/a.png", 3).read_bytes()
-    ok, lines = predict(files, tmp_path / "out")
-    assert not ok and [row["verdict"] for row in rows(tmp_path / "out")] == ["failed", "good"]
-    assert (tmp_path / "out/a.png").read_bytes() == mine
-    assert any("skipped" in line and "out/a.png" in line for line in lines)
-
-
-def test_a_csv_of_the_users_is_not_replaced(tmp_path):
-    file, out = photo(tmp_path / "in/a.png", 40), tmp_path / "out"
-    out.mkdir()
-    for text in b"file,score,verdict\r\nx,1,good\r\n", b"\xff\x00notes", b"x" * 200000:
-        (out / "predictions.csv").write_bytes(text)
-        with pytest.raises(data.DataError, match=r"predictions\.csv"):
-            predict([file], out)
-        assert content(out) == {"predictions.csv": text}
-    (out / "predictions.csv").write_bytes(b"")  # nothing to lose
-    assert predict([file], out)[0]
+def test_nor_an_input_where_names_differ_in_case_nor_one_at_the_place_of_the_csv(tmp_path):
+    out = tmp_path / "out"
+    photo(out / "predictions.png", 40).rename(out / "predictions.csv")
+    for files in [photo(tmp_path / "in/x.png", 40), photo(out / "X.png", 40)], [out / "predictions.csv"]:
+        before = content(out)
+        with pytest.raises(data.DataError, match=str(files[-1])):
+            predict(files, out)
+        assert content(out) == before
 
 
 def test_a_second_prediction_removes_the_pictures_of_the_first(tmp_path):
     out = tmp_path / "out"
     predict([photo(tmp_path / "in/a.png", 40), photo(tmp_path / "in/b.jpg", 40)], out)
     photo(out / "mine.png", 3)
-    metrics.save(Image.new("RGB", (4, 4)), out / "other.png")  # ours, but not of a prediction
+    (out / "notes.png").write_text("no image")
     metrics.save(Image.new("RGB", (4, 4)), tmp_path / "outside.png")
-    with open(out / "predictions.csv", "a") as file:
-        file.write("x,1,good,,1,mine.png\nx,1,good,,1,../outside.png\nx,,failed,,,\nx,1,good,,1,.\nx,1\n")
     predict([photo(tmp_path / "in/c.png", 40)], out)
-    assert set(content(out)) == {"predictions.csv", "c.png", "mine.png", "other.png"}
+    assert set(content(out)) == {"predictions.csv", "c.png", "mine.png", "notes.png"}
     assert (tmp_path / "outside.png").exists() and len(rows(out)) == 1
 
 

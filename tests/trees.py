@@ -107,7 +107,7 @@ def aebad(root):
 
 
 def cifar10(root, monkeypatch, per_class=2):
-    """Batches of 20 images; torchvision is told their MD5, and data.py how many there are in one."""
+    """Batches of 20 images; torchvision is told their MD5."""
     base = Path(root, "cifar-10-batches-py")
     base.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -122,6 +122,5 @@ def cifar10(root, monkeypatch, per_class=2):
                         [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
-    monkeypatch.setattr(data, "BATCH", 10 * per_class)
     data.cifar10_arrays.cache_clear()
     return Path(root)
