@@ -29,15 +29,18 @@ Where the paper and the authors' code disagree, or this file departs from both, 
 import argparse
 import contextlib
 import copy
+import ctypes
 import difflib
 import io
 import math
 import os
+import platform
 import sys
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +60,10 @@ import metrics
 
 # ---------------------------------------------------------------- settings
 
-PAPER = dict(data="toy", root=None, normals="01234", arch="minimax", backbone="unireplknet_n", size=256,
-             crop=None, batch_size=16, lr=5e-3, gamma=0.995, weight_decay=5e-5, p_hard=0.9999, p_lim=0.9995,
-             holdout=0.0, score="max", augment=False, amp=False, seed=[1])
+PAPER = dict(data="toy", root=None, unified=False, classes=None, normals="01234", size=256, crop=None,
+             augment=False, arch="minimax", backbone="unireplknet_n", weights=None, loss=None, p_hard=0.9999,
+             p_lim=0.9995, seed=[1], epochs=None, batch_size=16, lr=5e-3, gamma=0.995, weight_decay=5e-5,
+             amp=False, holdout=0.0, score="max")
 PRESETS = {  # (set, unified?): adc is MiniMaxAD-fr, for feature-rich sets, global MiniMaxAD-fp
     ("goodsad", False): dict(size=224, epochs=240, loss="adc"),
     ("mad", False): dict(size=400, epochs=150, loss="adc"),
@@ -71,9 +75,7 @@ PRESETS = {  # (set, unified?): adc is MiniMaxAD-fr, for feature-rich sets, glob
 RD = dict(backbone="wide_resnet50_2.tv_in1k", epochs=200, gamma=1.0, weight_decay=0.0, loss="global")
 TOY = dict(unified=True, size=128, epochs=6, loss="adc", backbone="unireplknet_a", weights="none",
            holdout=0.1)
-SETTINGS = ("data", "unified", "classes", "normals", "arch", "backbone", "weights", "loss", "p_hard", "p_lim",
-            "size", "crop", "augment", "epochs", "batch_size", "lr", "weight_decay", "gamma", "amp",
-            "holdout", "score")
+SETTINGS = [key for key in PAPER if key not in ("root", "seed")]  # a checkpoint keeps them
 
 # ---------------------------------------------------------------- layers
 
@@ -299,19 +301,14 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        try:
+        with data.explain(f"--backbone {name}: not a CNN with features at strides 4, 8, 16"):
             with torch.device("meta"):
                 info = timm.create_model(name, features_only=True).feature_info
             index = dict(zip(info.reduction(), info.out_indices))
             self.net = timm.create_model(name, features_only=True, out_indices=[index[s] for s in (4, 8, 16)])
+            self.kernels, self.channels = UNIREPLKNET["unireplknet_n"][1:], self.net.feature_info.channels()
             shape = self.net.eval()(torch.zeros(1, 3, 64, 64))[0].shape
-        except Exception as error:  # no such tag, no features, no such stride, not made for 64 pixels
-            reason = " ".join(str(error).split())[:150]
-            raise data.DataError(f"--backbone {name}: not a CNN with features at strides 4, 8, 16 "
-                                 f"({reason})") from None
-        self.kernels, self.channels = UNIREPLKNET["unireplknet_n"][1:], self.net.feature_info.channels()
-        if shape != (1, self.channels[0], 16, 16):
-            raise data.DataError(f"--backbone {name}: not a CNN, its features are {tuple(shape)}")
+            assert shape == (1, self.channels[0], 16, 16), f"its features are {tuple(shape)}"
 
     def forward(self, image):
         return self.net(layout(image))
@@ -485,16 +482,8 @@ def mined_mean(S, threshold):
     count = total(mined.sum())
     return (squares * mined).sum() / count, count
 
-def local_loss(S):
-    """Eq. 7: mean of S^2; S is B x H x W. (Eq. 1, the mean of M on each scale, is its predecessor.)"""
-    return mined_mean(S, 0)[0]
-
-def local_hm_loss(S, p_lim=0.9995):
-    """Eq. 9: mean of S^2 from its p_lim-quantile on."""
-    return mined_mean(S, quantile(S.square(), p_lim))[0]
-
 def adc_loss(S, p_hard=0.9999, p_lim=0.9995):
-    """Eq. 8: mean of S^2 from adc_threshold on."""
+    """Eq. 8 of S, B x H x W."""
     return mined_mean(S, adc_threshold(S, p_hard, p_lim))[0]
 
 def global_loss(encoder_maps, decoder_maps):
@@ -510,12 +499,11 @@ def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0
         pixels = total_size(len(encoder_maps[0])) * size**2
         return global_loss(encoder_maps, decoder_maps), encoder_maps[0].new_tensor(pixels)
     S = anomaly_map(encoder_maps, decoder_maps, size, "nearest")
-    if name == "adc":
-        threshold = adc_threshold(S, p_hard, p_lim)  # Eq. 8
-    elif name == "local-hm":
+    threshold = 0  # Eq. 7, "local", the successor of Eq. 1, which takes M on each scale
+    if name == "local-hm":
         threshold = quantile(S.square(), p_lim)  # Eq. 9
-    else:
-        threshold = 0  # Eq. 7
+    elif name == "adc":
+        threshold = adc_threshold(S, p_hard, p_lim)  # Eq. 8
     return mined_mean(S, threshold)
 
 # ---------------------------------------------------------------- anomaly map and score
@@ -539,8 +527,7 @@ def anomaly_map(encoder_maps, decoder_maps, size, mode):
 def gaussian_blur(S, radius, mirror, sigma=4.0):
     """B x H x W convolved with a Gaussian cut off at radius; the border zero or mirrored (c b a | a b c)."""
     offsets = torch.arange(-radius, radius + 1, device=S.device)
-    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    weights = weights / weights.sum()
+    weights = torch.softmax(-0.5 * (offsets / sigma) ** 2, 0)
     matrices = []
     for length in S.shape[1:]:
         position = torch.arange(length, device=S.device)[:, None] + offsets  # length x (2 radius + 1)
@@ -636,23 +623,30 @@ def augmented(samples, size, device):
 class Inference(nn.Module):
     """The fused network: image B x 3 x S x S in 0..1 -> anomaly map B x S x S, score B."""
 
-    def __init__(self, model, size, score):
+    def __init__(self, model, args):
         super().__init__()
-        self.model, self.size, self.score = fuse(model), size, score
+        self.model, self.size, self.score = fuse(model), args.crop or args.size, args.score
 
     def forward(self, image):
         encoder = self.model.encoder
         maps = self.model((image - encoder.mean) / encoder.std)
         return image_score(anomaly_map(*maps, self.size, "bilinear"), self.score)
 
+def judge(model, args, classes, samples, images, device):
+    """Maps N x S x S, scores N of the images and None; nothing but None on all but the first process."""
+    return *infer(Inference(model, args), images, device), None
+
 def evaluate(model, state, test, images, masks, args, folder, device):
     """{row: metrics} of the test images of the model's classes; with --save-maps their pictures."""
     index = [i for i, sample in enumerate(test) if args.data == "cifar10" or sample.cls in state["classes"]]
-    if not index:
+    samples, images, masks = [test[i] for i in index], images[index], masks[index]
+    maps, scores, _ = judge(model, args, state["classes"], samples, images, device) if index else [None] * 3
+    if RANK or not index:
         return {}
-    network = Inference(model, args.crop or args.size, args.score)
-    maps, scores = infer(network, images[index], device)
-    return measure(args, state, [test[i] for i in index], images[index], masks[index], maps, scores, folder)
+    if args.save_maps:
+        pictures = folder / "maps" / f"seed{state['seed']}"
+        metrics.save_maps(pictures, samples, images, masks, maps, scores, state["normal"], args.quantile)
+    return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
 
 # ---------------------------------------------------------------- a run and its files
 
@@ -678,17 +672,18 @@ def train_run(args, device):
             name = f"seed{seed}" if args.unified else f"seed{seed}-{classes[0].replace('/', '_')}"
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          images=listing, model=None, optimizer=None, normal=None)
-            torch.manual_seed(seed)
-            model = build(settings, backbone, classes).to(device)
             if args.resume:
                 state = from_first(resume, folder, state)
-            if state["model"]:
-                fill(model, state)
+            torch.manual_seed(seed)
+            model = build(state, backbone).to(device)
             if state["normal"] is None:  # not finished
                 train(model, state, dataset.train, images, index, folder, device)
                 seen = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
                 samples = [dataset.train[i] for i in seen]
-                state["normal"] = calibrate(model, state, samples, images[seen], len(kept) > 0, device)
+                maps, scores, _ = judge(model, args, classes, samples, images[seen], device)
+                if RANK == 0:
+                    names = [sample.cls for sample in samples]
+                    state["normal"] = metrics.calibrate(maps, scores, names, len(kept) > 0)
                 state["optimizer"] = None  # it is not needed any more
                 save(folder, state)
             rows = evaluate(model, state, dataset.test, *test, args, folder, device)
@@ -697,8 +692,7 @@ def train_run(args, device):
 
 def eval_run(args, device):
     """Evaluate a checkpoint, or all of a run's folder, on the test images as they lie there now."""
-    states = from_first(load_run, args)
-    adopt(args, states)
+    states = load_run(args)
     folder, results = claim(args), {}
     for state in states:
         if state["normal"] is None:
@@ -729,24 +723,8 @@ def decode(args, samples, name):
         total(torch.zeros(1))
     return array
 
-def calibrate(model, state, samples, images, held_out, device):
-    """What normal images look like to the model: see metrics.calibrate. None on all but the first process."""
-    settings = state["settings"]
-    maps, scores = infer(Inference(model, images.shape[1], settings["score"]), images, device)
-    if RANK == 0:
-        return metrics.calibrate(maps, scores, [sample.cls for sample in samples], held_out)
-
-def measure(args, state, samples, images, masks, maps, scores, folder):
-    """{row: metrics}, with --save-maps also the pictures; on the other processes than the first nothing."""
-    if RANK:
-        return {}
-    if args.save_maps:
-        metrics.save_maps(folder / "maps" / f"seed{state['seed']}", samples, images, masks, maps, scores,
-                          state["normal"], args.quantile)
-    return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
-
 def report(args, results, folder):
-    """Print the table and write metrics.json."""
+    """Print the table and write metrics.json, from {seed: {row: metrics}}."""
     if RANK == 0:
         seeds = {seed: {"classes": rows, "mean": metrics.mean(rows)} for seed, rows in results.items()}
         result = metrics.over_seeds(seeds)
@@ -757,11 +735,10 @@ def report(args, results, folder):
 
 def claim(args):
     """The run's folder: --out, runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint."""
-    default = Path("runs", f"{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
-    if args.eval:
+    folder = Path(args.out or f"runs/{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
+    if args.eval and not args.out:
         source = Path(args.eval)
-        default = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
-    folder = Path(args.out or default)
+        folder = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
     if RANK == 0:
         LOG.append(data.claim(folder, PROGRAM, args.resume))
         metrics.save_json(folder / "args.json", vars(args), {})
@@ -769,15 +746,9 @@ def claim(args):
     return folder
 
 def save(folder, state):
-    """Write the checkpoint, on process 0; DataError if it cannot be written."""
-    path = folder / f"{state['name']}.pt"
-    try:
-        if RANK == 0:
-            with data.atomic(path) as temporary:
-                torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        left = "its last version is whole, --resume goes on from it" if path.exists() else "nothing was saved"
-        raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); {left}") from None
+    if RANK == 0:
+        with data.atomic(folder / f"{state['name']}.pt", "--resume goes on from the last epoch") as temporary:
+            torch.save(state, temporary)
 
 def read_state(path, like=None):
     """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
@@ -799,31 +770,24 @@ def resume(folder, state):
         log(f"{path}: no checkpoint yet, starting from the beginning")
         return state
     found = read_state(path, state)
-    for now, then in zip_longest(state["images"], found["images"]):
-        if now != then:
-            raise data.DataError(f"--resume: {path} was trained on other images: on {then}, where now is "
-                                 f"{now}; give the same --root or another --out")
+    if others := set(found["images"]) ^ set(state["images"]):
+        raise data.DataError(f"--resume: {path} was trained on other images ({min(others)}); give the same "
+                             "--root or another --out")
     log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
     return found
 
 def load_run(args):
-    """States of the checkpoint --eval, or of all in a run's folder. DataError if their settings differ."""
-    path = Path(args.eval)
-    paths = sorted(path.glob("seed*.pt")) if path.is_dir() else [path]
-    if not paths:
-        raise data.DataError(f"--eval {path}: no checkpoint (.pt) in this folder")
-    first = read_state(paths[0])
-    states = [first, *(read_state(p, first) for p in paths[1:])]
+    """States of the checkpoint --eval, or of all in a run's folder, whose settings the arguments adopt."""
+    path, states = Path(args.eval), []
+    for file in from_first(lambda: sorted(path.glob("seed*.pt")) or [path]):
+        states.append(from_first(read_state, file, *states[:1]))
     if (args.predict or args.export or args.save_maps) and any(state["normal"] is None for state in states):
         raise data.DataError(f"--eval {path}: its training stopped early; finish it with --resume")
-    return states
-
-def adopt(args, states):
-    """The checkpoints' settings, seeds and root, where the arguments leave them open."""
     for key, value in states[0]["settings"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
+    return states
 
 @torch.no_grad()
 def load_weights(net, name, weights, key_in_file=str):
@@ -834,12 +798,8 @@ def load_weights(net, name, weights, key_in_file=str):
     """
     if weights == "none":
         return
-    try:
+    with data.explain(f"--backbone {name}: cannot download its weights, --weights FILE takes a local file"):
         state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
-    except (OSError, RuntimeError) as error:  # what the hub's client raises
-        reason = " ".join(str(error).split())[:120]
-        raise data.DataError(f"--backbone {name}: cannot download its weights ({reason}); --weights FILE "
-                             "takes a local file, --weights none an untrained backbone") from None
     for key in ("model", "models", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0 for stages.0
@@ -855,42 +815,32 @@ def load_weights(net, name, weights, key_in_file=str):
 
 def read_tensors(path):
     """The dict of a .safetensors file or of a torch checkpoint of tensors and plain containers."""
-    try:
+    with data.explain(f"{path}: not a readable checkpoint"):
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # some scripts save their arguments too
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise data.DataError(f"{path}: no such file") from None
-    except Exception as error:  # pickle, zip, safetensors and OS errors share no base class
-        raise data.DataError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-
-def fill(model, state):
-    """Load a checkpoint's tensors; DataError that names those that do not fit."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise data.DataError(f"{state['name']}.pt does not fit its settings: {reason}") from None
 
 def build_backbone(settings, weights):
     return load_encoder(settings["backbone"], weights)
 
-def build(settings, encoder, classes):
-    return MiniMaxAD(encoder, settings["arch"])
+def build(state, encoder):
+    """The model that the settings name, with the state's tensors if it has any."""
+    model = MiniMaxAD(encoder, state["settings"]["arch"])
+    if state["model"]:
+        with data.explain(f"{state['name']}.pt does not fit its settings"):
+            model.load_state_dict(state["model"])
+    return model
 
 def restore(state, device):
     """The model from a checkpoint alone."""
-    model = MiniMaxAD(load_encoder(state["settings"]["backbone"], "none"), state["settings"]["arch"])
-    fill(model, state)
-    return model.to(device).eval()
+    return build(state, build_backbone(state["settings"], "none")).to(device).eval()
 
 # ---------------------------------------------------------------- a trained model's use
 
 def one_model(args):
     """The state of the one model that --predict and --export use."""
     state, *others = load_run(args)
-    adopt(args, [state])
     if others or WORLD > 1:
         raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
     if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in state["classes"]):
@@ -900,22 +850,19 @@ def one_model(args):
 
 def predict(args, device):
     """Score, verdict and picture of the images --predict names; True if every image could be judged."""
-    state, asked = one_model(args), args.classes
-    files = data.find_images(args.predict)
-    network = Inference(restore(state, device), args.crop or args.size, args.score)
-    cls = asked[0] if asked else state["classes"][0] if len(state["classes"]) == 1 else None
+    state = one_model(args)
+    files, model, classes = data.find_images(args.predict), restore(state, device), state["classes"]
+    known = args.classes or (classes if len(classes) == 1 else [None])
 
     def look(images):
-        maps, scores = infer(network, images, device, quiet=True)
-        return maps, scores, [cls] * len(images)
+        maps, scores, _ = judge(model, args, classes, [], images, device)
+        return maps, scores, known * len(images)
 
     folder = claim(args)
     return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
 
 def export(args):
-    """Write the network as a torch.export program, which loads without this project."""
-    model = restore(one_model(args), torch.device("cpu"))
-    write_program(Inference(model, args.crop or args.size, args.score), args)
+    write_program(Inference(restore(one_model(args), torch.device("cpu")), args), args)
 
 def storage(model):
     """Size of the model's tensors in MiB."""
@@ -952,24 +899,18 @@ def bench(args, device):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     log(f"training, batch {B}, {args.loss}: {1 / seconds(step):.3f} steps/s")
 
-def write_program(network, args):
-    size = args.crop or args.size
-    program = torch.export.export(network.eval(), (torch.rand(2, 3, size, size),),
-                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    try:
-        with data.atomic(args.export) as temporary:
-            torch.export.save(program, temporary)
-    except RuntimeError as error:  # a full disk
-        raise data.DataError(f"cannot write {args.export} ({' '.join(str(error).split())[:120]})") from None
-    log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score (mintad.py: and class)")
+def write_program(network, args, *labels):
+    """Write a torch.export program, which loads without this project."""
+    side = args.crop or args.size
+    program = torch.export.export(network.eval(), (torch.rand(2, 3, side, side), *labels), strict=False,
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * (1 + len(labels)))
+    with data.atomic(args.export) as temporary:
+        torch.export.save(program, temporary)
+    log(f"{args.export}: image B x 3 x {side} x {side} in 0..1 -> map, score (mintad.py: and class)")
 
-def seconds(function, repeats=5):
+def seconds(function):
     """Median time of function(), which must wait for the device; the first call is not counted."""
-    times = [time.perf_counter()]
-    for _ in range(repeats + 1):
-        function()
-        times.append(time.perf_counter())
-    return sorted(np.diff(times)[1:])[repeats // 2]
+    return np.median(timeit.repeat(function, number=1, repeat=6)[1:])
 
 # ---------------------------------------------------------------- processes and logging
 
@@ -978,20 +919,19 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 PROGRAM, LOG = Path(__file__).stem, []  # LOG: the run's log.txt, open on process 0
 
 def start(name):
-    """The device of this process; joins the process group under torchrun. Raises DataError."""
+    """The device of this process; joins the process group under torchrun. DataError: no such device."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = name or best
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected cpu, cuda, cuda:N or mps")
+    with data.explain(f"--device {name or best}: not usable here"):
+        device = torch.device(name or best)
         if device.type == "cuda":
             device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise data.DataError(f"--device {name}: not usable here ({reason})") from None
+        torch.zeros(1, device=device).item()
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Memory of large tensors that are freed stays in the process: it takes longer to get fresh pages
+        # from the system than to compute with them.
+        for option, value in (-4, 0), (-1, 2**30):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))
@@ -1012,21 +952,20 @@ def total(x):
     return x
 
 @torch.no_grad()
-def infer(network, images, device, *labels, quiet=False):
+def infer(network, images, device, *labels, everywhere=False):
     """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
 
-    Every process computes its share; process 0 gets all, the others None for each output.
+    Every process computes its share; process 0, or every one, gets all, the others None for each output.
     """
-    N = len(images)
+    N, parts = len(images), []
     rows = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on each; the surplus is cut
-    parts, chunk = [], 4 if device.type == "cpu" else 32  # large temporary tensors cost a CPU twice the time
-    for batch in progress(rows.split(chunk), "evaluate", quiet):
+    for batch in progress(rows.split(32), "inference"):
         x = to_device(images[batch.numpy()], device)
         parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
-    outputs = [gather(torch.cat(part)) for part in zip(*parts)]
+    outputs = [gather(torch.cat(part), everywhere) for part in zip(*parts)]
     return [None if output is None else output[:N].numpy() for output in outputs]
 
-def gather(x, everywhere=False):
+def gather(x, everywhere):
     """Rows RANK::WORLD of every process, as many each -> all, in order; None where they are not wanted."""
     if WORLD == 1:
         return x
@@ -1042,16 +981,14 @@ def to_device(images, device):
 
 def log(text):
     """A line to the screen and to log.txt, by process 0 alone."""
-    if RANK == 0:
-        text = text.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
-        tqdm.write(text)
-        sys.stdout.flush()
-        for file in LOG:
-            print(text, file=file, flush=True)
+    text = text.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
+    for file in (sys.stdout, *LOG) if RANK == 0 else ():
+        tqdm.write(text, file)
+        file.flush()
 
-def progress(iterable, name, quiet=False):
-    """A bar in a terminal, nothing in a file."""
-    return tqdm(iterable, name, leave=False, disable=True if RANK or quiet else None, dynamic_ncols=True)
+def progress(iterable, name):
+    """A bar in a terminal, after a second, and nothing in a file."""
+    return tqdm(iterable, name, leave=False, disable=True if RANK else None, delay=1, dynamic_ncols=True)
 
 # ---------------------------------------------------------------- the paper's published figures, in %
 
@@ -1141,8 +1078,7 @@ def flag(key):
     return "--" + key.replace("_", "-")
 
 def show(settings):
-    given = {key.replace("_", "-"): value for key, value in settings.items() if value is not None}
-    return ", ".join(f"{key} {value}" for key, value in given.items())
+    return ", ".join(f"{flag(key)[2:]} {value}" for key, value in settings.items() if value is not None)
 
 def new_parser(description, defaults):
     """The flags of both scripts. A setting's default is None: the preset or the checkpoint fills it in."""
@@ -1170,12 +1106,13 @@ def new_parser(description, defaults):
     add("--seed", type=int, nargs="+", metavar="S", help="several: mean and deviation (default 1)")
     add("--amp", action="store_const", const=True, help="train in bfloat16; evaluation is in full precision")
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="DIR", help="an empty folder for results (default runs/SCRIPT-SET-SETTING)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--eval", metavar="CKPT", help="evaluate a checkpoint, or all of a run's folder")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="DIR", help="an empty folder (default runs/SCRIPT-SET-SETTING)")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    run.add_argument("--eval", metavar="CKPT", help="evaluate a checkpoint, or all of a run's folder")
+    run.add_argument("--quantile", type=float, default=0.99, help="of normal scores: the threshold (0.99)")
+    add = run.add_mutually_exclusive_group().add_argument
     add("--predict", nargs="+", metavar="PATH", help="with --eval: files, folders or globs to judge")
-    add("--quantile", type=float, default=0.99, help="threshold: quantile of normal scores (default 0.99)")
     add("--export", metavar="FILE", help="with --eval: write the network as a torch.export program (.pt2)")
     add("--save-maps", action="store_true", help="pictures of all test images and a sheet per class")
     add("--bench", action="store_true", help="speed and cost, no data needed")
@@ -1188,25 +1125,16 @@ def check(parser, args):
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not low <= value <= high:
                 parser.error(f"{flag(key)} {value}: expected {low} to {high}")
-    uses = [flag(key) for key in ("predict", "export", "save_maps", "bench") if getattr(args, key)]
-    if len(uses) > 1:
-        parser.error(f"{uses[0]} and {uses[1]}: one at a time")
-    if args.bench and args.eval:
-        parser.error("--bench goes without --eval")
+    free = ("classes",) if args.predict else ("score",)  # all else is the checkpoint's
+    for key in (*SETTINGS, "seed", "resume", "bench"):
+        if args.eval and getattr(args, key) not in (None, False) and key not in free:
+            parser.error(f"{flag(key)} does not go with --eval: the checkpoint says it")
     if (args.predict or args.export) and not args.eval:
-        parser.error(f"{uses[0]} needs --eval CKPT")
-    free = ("classes",) if args.predict else ("score",)  # the rest is the checkpoint's
-    typed = [key for key in (*SETTINGS, "seed") if getattr(args, key) is not None and key not in free]
-    typed += ["resume"] if args.resume else []
-    if args.eval and typed:
-        parser.error(f"{flag(typed[0])} does not go with --eval: the checkpoint says it")
+        parser.error(f"{'--predict' if args.predict else '--export'} needs --eval CKPT")
     if args.crop and args.size and args.crop > args.size:
         parser.error(f"--crop {args.crop} is larger than --size {args.size}")
-    if args.export:
-        path = Path(args.export).absolute()
-        if path.suffix != ".pt2" or not path.parent.is_dir() or path.exists():
-            parser.error(f"--export {args.export}: expected a new file that ends in .pt2, in a folder that "
-                         "exists")
+    if args.export and (not args.export.endswith(".pt2") or os.path.lexists(args.export)):
+        parser.error(f"--export {args.export}: expected a new file that ends in .pt2")
 
 def parse(argv=None):
     """The arguments; what the user left out comes from the preset, or with --eval from the checkpoint."""
@@ -1255,28 +1183,26 @@ def preset(args):
         found["crop"] = None  # the preset's crop belongs to its size
     return found
 
-def run(argv):
-    """Parse, then one of train, evaluate, predict, export, bench. Returns the exit status."""
-    with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):
-        args = parse(argv)
-    device = start(args.device)
-    if args.bench:
-        bench(args, device)
-    elif args.predict:
-        return 0 if predict(args, device) else 1
-    elif args.export:
-        export(args)
-    elif args.eval:
-        eval_run(args, device)
-    else:
-        train_run(args, device)
-    return 0
-
 def main(argv=None):
-    """Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted."""
+    """Parse, then one of train, evaluate, predict, export, bench.
+
+    Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted.
+    """
     code, line = 0, None
     try:
-        code = run(argv)
+        with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):
+            args = parse(argv)
+        device = start(args.device)
+        if args.bench:
+            bench(args, device)
+        elif args.predict:
+            code = 0 if predict(args, device) else 1
+        elif args.export:
+            export(args)
+        elif args.eval:
+            eval_run(args, device)
+        else:
+            train_run(args, device)
     except (data.DataError, OSError) as error:
         code, line = 2, f"error: {error}"
         time.sleep(10 if RANK else 0)  # process 0 mostly has the same error; torchrun then ends this process

@@ -32,14 +32,15 @@ Details of the implementation and where each comes from:
 """
 import argparse
 import contextlib
+import ctypes
 import io
 import math
 import os
+import platform
 import sys
-import tempfile
 import time
+import timeit
 from datetime import timedelta
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +60,14 @@ import metrics
 
 # ---------------------------------------------------------------- settings
 
-PAPER = dict(data="toy", root=None, normals="01234", backbone="tf_efficientnet_b4.aa_in1k", size=224,
-             seed=[1], epochs=1000, batch_size=32, lr=1e-4, weight_decay=1e-4, optimizer="adamw", amp=False,
-             holdout=0.0, query="inr", prompt="feature", adapter=True, cls_loss=True, prior_loss=True,
-             literal=False, uniad=False, unified=False)
+PAPER = dict(data="toy", root=None, unified=False, classes=None, normals="01234", size=224, crop=None,
+             backbone="tf_efficientnet_b4.aa_in1k", weights=None, seed=[1], epochs=1000, batch_size=32,
+             lr=1e-4, weight_decay=1e-4, optimizer="adamw", amp=False, holdout=0.0, query="inr",
+             prompt="feature", adapter=True, cls_loss=True, prior_loss=True, literal=False, uniad=False,
+             text=None)
 TOY = dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8,
            lr=1e-3, holdout=0.1)
-SETTINGS = ("data", "unified", "classes", "normals", "backbone", "weights", "size", "crop", "epochs",
-            "batch_size", "lr", "weight_decay", "optimizer", "amp", "holdout", "query", "prompt", "adapter",
-            "cls_loss", "prior_loss", "literal", "uniad", "text")
+SETTINGS = [key for key in PAPER if key not in ("root", "seed")]  # a checkpoint keeps them
 LAMBDA_CE, LAMBDA_PRIOR = 1.0, 0.1  # Eq. 6
 JITTER, DROPOUT = 20.0, 0.1  # UniAD's
 REDUCTIONS = (2, 4, 8, 16)  # backbone levels
@@ -85,28 +85,22 @@ class Dropout(nn.Dropout):
         keep = torch.from_numpy(bits)[:x.numel()].view(x.shape).ge_(round(self.p * 2**16) - 2**15)  # 0 or 1
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
-class Attention(nn.Module):
-    """nn.MultiheadAttention, its parameters and result: query, key, value B x P x D -> B x P x D."""
+class Attention(nn.MultiheadAttention):
+    """torch's: query, key, value B x P x D -> B x P x D. Trained on a CPU, written out for Dropout above."""
 
     def __init__(self, D, heads):
-        super().__init__()
-        self.heads, self.dropout = heads, Dropout(DROPOUT)
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * D, D))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * D))
-        self.out_proj = nn.Linear(D, D)
-        nn.init.xavier_uniform_(self.in_proj_weight)
+        super().__init__(D, heads, DROPOUT, batch_first=True)
+        self.drop = Dropout(DROPOUT)
 
     def forward(self, query, key, value, mask=None):  # mask: P x P, True = hidden
+        if not self.training or query.device.type != "cpu":
+            return super().forward(query, key, value, attn_mask=mask, need_weights=False)[0]
         projections = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for x, weight, bias in projections)  # B x heads x P x D/heads
-        if self.training and q.device.type == "cpu":  # where torch's fused kernel has no dropout
-            a = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B x heads x P x P
-            a = a if mask is None else a.masked_fill(mask, -math.inf)
-            a = self.dropout(a.softmax(-1)).to(v.dtype) @ v
-        else:
-            a = F.scaled_dot_product_attention(q, k, v, None if mask is None else ~mask,
-                                               self.dropout.p if self.training else 0.0)
+        a = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B x heads x P x P
+        a = a if mask is None else a.masked_fill(mask, -math.inf)
+        a = self.drop(a.softmax(-1)).to(v.dtype) @ v
         return self.out_proj(a.transpose(1, 2).flatten(2))  # B x P x heads x D/heads -> B x P x D
 
 class EncoderLayer(nn.Module):
@@ -222,26 +216,6 @@ class FeaturePrompt(nn.Module):
         z = self.channel_encoder(self.class_encoder(f).flatten(1))  # B x P x 32 -> B x P*32 -> B x 32
         return z, self.head(z) if self.head else None
 
-class LabelPrompt(nn.Module):
-    """A projection of the one-hot label, which is needed at test time too (Table 4)."""
-
-    def __init__(self, C, P, K, Z=32):
-        super().__init__()
-        self.project = nn.Linear(K, Z)
-
-    def forward(self, f, label):
-        return self.project(F.one_hot(label, self.project.in_features).to(f.dtype)), None
-
-class ImagePrompt(nn.Module):
-    """A projection of the mean feature; no label at all (Table 4)."""
-
-    def __init__(self, C, P, K, Z=32):
-        super().__init__()
-        self.project = nn.Linear(C, Z)
-
-    def forward(self, f, label=None):
-        return self.project(f.mean(1)), None
-
 class INR(nn.Module):
     """Dual-path implicit neural representation (Eq. 8, 9, Table 13): p (P x E), z (B x Z) -> B x P x D."""
 
@@ -263,45 +237,14 @@ class INR(nn.Module):
     def forward(self, p, z):
         B, P = z.shape[0], p.shape[0]
         h = torch.cat([z.unsqueeze(1).expand(B, P, -1), p.expand(B, P, -1)], -1)  # B x P x (Z + E)
-        for i, (modulation, synthesis) in enumerate(zip(self.modulation, self.synthesis)):
+        with torch.autocast(p.device.type, enabled=False):  # bfloat16 would blur the sine of 100
+            x = torch.sin(self.synthesis[0](p))  # P x D
+        h = F.relu(self.modulation[0](h))
+        x = x * h  # B x P x D
+        for modulation, synthesis in zip(self.modulation[1:], self.synthesis[1:]):
             h = F.relu(modulation(h))  # Eq. 9
-            if i == 0:
-                with torch.autocast(p.device.type, enabled=False):  # bfloat16 would blur the sine of 100
-                    x = torch.sin(synthesis(p)) * h  # P x D * B x P x D
-            else:
-                x = torch.sin(synthesis(x)) * h  # Eq. 8
+            x = torch.sin(synthesis(x)) * h  # Eq. 8
         return self.output(x)
-
-class INRQuery(nn.Module):
-    def __init__(self, P, D=256, Z=32, E=3):
-        super().__init__()
-        self.positions = nn.Parameter(torch.randn(P, E))  # "the position encoding uses a learnable embedding"
-        self.inr = INR(Z, E, D)
-
-    def forward(self, z):
-        return self.inr(self.positions, z)
-
-class MLPQuery(nn.Module):
-    """Plain MLP from z to P x D (Sec. 0.B.6). Hidden width 256: the paper's choice (383.5 M) is not given."""
-
-    def __init__(self, P, D=256, Z=32, hidden=256):
-        super().__init__()
-        self.P = P
-        self.mlp = nn.Sequential(nn.Linear(Z, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                                 nn.Linear(hidden, P * D))
-
-    def forward(self, z):
-        return self.mlp(z).unflatten(1, (self.P, -1))  # B x P*D -> B x P x D
-
-class LearnedQuery(nn.Module):
-    """One learned query, N(0, 1) at the start, that every image shares."""
-
-    def __init__(self, P, D=256):
-        super().__init__()
-        self.embed = nn.Parameter(torch.randn(P, D))
-
-    def forward(self, z):
-        return self.embed
 
 # ---------------------------------------------------------------- model
 
@@ -313,27 +256,22 @@ class Backbone(nn.Module):
 
     def __init__(self, name, size, weights=None, levels=REDUCTIONS):
         super().__init__()
-        try:
+        with data.explain(f"--backbone {name}: not a CNN with features at strides 2, 4, 8, 16"):
             info = timm.create_model(name, features_only=True).feature_info
             index = [i for i, reduction in enumerate(info.reduction()) if reduction in levels]
             self.net = timm.create_model(name, features_only=True, out_indices=index)
             self.net.eval().requires_grad_(False)
-            shapes = [tuple(x.shape) for x in self.net(torch.zeros(1, 3, size, size))]
-        except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise data.DataError(f"--backbone {name}: timm makes no feature maps of it ({reason})") from None
-        sizes = dict(zip(self.net.feature_info.reduction(), shapes))
-        if 16 not in sizes or [shape[1] for shape in shapes] != self.net.feature_info.channels():
-            raise data.DataError(f"--backbone {name}: not a CNN with features at strides 2, 4, 8, 16: "
-                                 f"{shapes}")
+            info, shapes = self.net.feature_info, [x.shape for x in self.net(torch.zeros(1, 3, size, size))]
+            fits = 16 in info.reduction() and [shape[1] for shape in shapes] == info.channels()
+            assert fits, f"its features are {list(map(tuple, shapes))}"
         if hasattr(self.net, "blocks"):  # timm's EfficientNets would compute stages beyond the last level too
-            del self.net.blocks[int(self.net.feature_info.module_name()[-1].split(".")[1]) + 1:]
+            del self.net.blocks[int(info.module_name()[-1].split(".")[1]) + 1:]
         load_weights(self.net, name, weights)
         config = self.net.pretrained_cfg
         self.register_buffer("image_mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("image_std", torch.tensor(config["std"]).view(3, 1, 1))
-        self.H, self.W = sizes[16][2:]  # stage 4, on CIFAR-10 too
-        self.C = sum(shape[1] for shape in shapes)
+        self.H, self.W = shapes[info.reduction().index(16)][2:]  # stage 4, on CIFAR-10 too
+        self.C = sum(info.channels())
 
     def train(self, mode=True):
         return super().train(False)  # frozen: BatchNorm never leaves eval mode
@@ -343,49 +281,37 @@ class Backbone(nn.Module):
         f = [F.interpolate(x, (self.H, self.W), mode="bilinear", align_corners=True) for x in levels]
         return torch.cat(f, 1).flatten(2).transpose(1, 2)  # B x C x H x W -> B x P x C
 
-def build_backbone(settings, weights):
-    levels = (*REDUCTIONS, 32) if settings["data"] == "cifar10" else REDUCTIONS  # C = 720 with b4, as UniAD
-    return Backbone(settings["backbone"], settings["crop"] or settings["size"], weights, levels)
-
 class MINTAD(nn.Module):
-    """The model of Figure 3 or, with uniad=True, the UniAD baseline, and their variants (Tables 4, 5, 9).
+    """The model of Figure 3 and its variants (Tables 4, 5, 9).
 
-    C, H, W: size of the features f; K: number of classes; text: K x E text embeddings for query="text".
-    query: inr | mlp | learned; for UniAD layerwise (its own, one per decoder layer) | pool | token | text.
+    C, H, W: size of the features f; K: number of classes. query: inr | mlp | learned. prompt: feature, or a
+    projection of the label (needed at test time too) or of the image's mean feature: label | image.
     """
 
     def __init__(self, C, H, W, K, query="inr", prompt="feature", adapter=True, cls_loss=True,
-                 prior_loss=True, uniad=False, text=None, D=256, layers=4):
+                 prior_loss=True, D=256, layers=4):
         super().__init__()
-        self.H, self.W, self.K, self.layers, self.uniad, self.query_type = H, W, K, layers, uniad, query
-        P = H * W
+        self.H, self.W, self.K, self.query_type, self.prompt_type = H, W, K, query, prompt
+        self.needs_label, P, Z = prompt == "label", H * W, 32
         self.transformer = Transformer(C, H, W, D, layers=layers)
         self.register_buffer("mean", torch.zeros(C))
         self.register_buffer("std", torch.ones(C))
-        self.adapter = self.prompt = self.query = self.inr = self.distribution = self.token = None
-        if uniad:
-            mask = neighbour_mask(H, W)
-            if query == "token":
-                self.token, mask = nn.Linear(K, D), F.pad(mask, (0, 1, 0, 1))  # every position sees the token
-            self.register_buffer("mask", mask, persistent=False)
-            if query == "text":
-                self.register_buffer("text", text)
-                self.query = nn.Linear(text.shape[1], D)
-            else:
-                self.query = nn.Parameter(torch.randn(K if query == "pool" else 1, layers, len(mask), D))
-            return
-        self.mask = None
-        if adapter:
-            self.adapter = Adapter(C)
-        if query != "learned" or cls_loss or prior_loss:
-            Prompt = {"feature": FeaturePrompt, "label": LabelPrompt, "image": ImagePrompt}[prompt]
-            self.prompt = Prompt(C, P, K)
-        if self.prompt and prompt == "feature" and not cls_loss:
-            self.prompt.head = None
+        self.adapter = Adapter(C) if adapter else None
+        self.prompt = self.inr = self.query = self.distribution = None
+        if prompt != "feature":
+            self.prompt = nn.Linear(K if prompt == "label" else C, Z)
+        elif query != "learned" or cls_loss or prior_loss:  # or nothing uses z
+            self.prompt = FeaturePrompt(C, P, K)
+            if not cls_loss:
+                self.prompt.head = None
         if query == "inr" or prior_loss:
-            self.inr = INRQuery(P, D)
-        if query != "inr":
-            self.query = {"mlp": MLPQuery, "learned": LearnedQuery}[query](P, D)
+            self.positions = nn.Parameter(torch.randn(P, 3))  # "a learnable embedding", P x E
+            self.inr = INR(Z, 3, D)
+        if query == "mlp":  # Sec. 0.B.6; hidden width 256: the paper's choice (383.5 M) is not given
+            self.query = nn.Sequential(nn.Linear(Z, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(),
+                                       nn.Linear(D, P * D), nn.Unflatten(1, (P, D)))
+        elif query == "learned":  # one for all images
+            self.query = nn.Parameter(torch.randn(P, D))
         if prior_loss:
             self.distribution = nn.Sequential(  # Table 14
                 nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, 2 * C))
@@ -395,38 +321,78 @@ class MINTAD(nn.Module):
 
         The latter two are None in the variants that have none.
         """
-        if self.uniad:
-            queries, token = self.uniad_query(f, label)
-            return f, self.transformer(f, queries, self.mask, token), None, None
         f = (f - self.mean) / self.std
         f_ = self.adapter(f).float() if self.adapter else f
-        z, logits = self.prompt(f_, label) if self.prompt else (None, None)
-        q_inr = self.inr(z) if self.inr else None
-        q = self.query(z) if self.query else q_inr
-        r = self.transformer(f_, [q.expand(f.shape[0], -1, -1)] * self.layers).float()
+        z, logits = self.class_token(f_, label) if self.prompt else (None, None)
+        q = q_inr = self.inr(self.positions, z) if self.inr else None
+        if self.query_type == "mlp":
+            q = self.query(z)
+        elif self.query_type == "learned":
+            q = self.query.expand(len(f), -1, -1)  # B x P x D
+        r = self.transformer(f_, [q] * len(self.transformer.decoder)).float()
         if not self.distribution:
             return f_, r, logits, None
         mu, log_sigma = self.distribution(q_inr).float().chunk(2, -1)
         return f_, r, logits, (mu, log_sigma.clamp(-5, 5))
 
-    def uniad_query(self, f, label):
-        """L decoder queries of UniAD or a variant in Table 4, B x P x D each, and the class token or None."""
-        B = f.shape[0]
-        if self.query_type == "text":
-            q = self.query(self.text[label])[:, None, None].expand(B, self.layers, f.shape[1], -1)
-        else:  # B x L x P x D
-            q = self.query[label] if self.query_type == "pool" else self.query.expand(B, -1, -1, -1)
-        one_hot = F.one_hot(label, self.K).to(f.dtype) if self.token else None
-        return q.unbind(1), self.token(one_hot).unsqueeze(1) if self.token else None  # B x 1 x D
+    def class_token(self, f_, label):  # z: B x 32; logits: B x K or None
+        if self.prompt_type == "feature":
+            return self.prompt(f_)
+        one = F.one_hot(label, self.K).to(f_.dtype) if self.prompt_type == "label" else f_.mean(1)
+        return self.prompt(one), None
 
-def build(settings, backbone, classes, text=None):
-    """MINT-AD, or the variant that settings name, with the backbone as a part of it."""
-    if settings["query"] == "text" and text is None:
-        text = read_text(settings["text"], classes)
-    keys = "query", "prompt", "adapter", "cls_loss", "prior_loss", "uniad"
-    variant = {key: settings[key] for key in keys}
-    model = MINTAD(backbone.C, backbone.H, backbone.W, len(classes), text=text, **variant)
+class UniAD(nn.Module):
+    """The baseline, as its authors' code: raw f, neighbour-masked attention, a query per decoder layer.
+
+    query: layerwise (its own), or Table 4's variants: pool, a query per class; token, the class as a token
+    more; text, a projection of the class's row of text, K x E. The arguments else and the call as MINTAD's.
+    """
+    adapter = None
+
+    def __init__(self, C, H, W, K, query="layerwise", text=None, D=256, layers=4):
+        super().__init__()
+        self.H, self.W, self.K, self.query_type, self.needs_label = H, W, K, query, query != "layerwise"
+        self.transformer = Transformer(C, H, W, D, layers=layers)
+        self.token, mask = None, neighbour_mask(H, W)
+        if query == "token":
+            self.token, mask = nn.Linear(K, D), F.pad(mask, (0, 1, 0, 1))  # every position sees the token
+        self.register_buffer("mask", mask, persistent=False)
+        if query == "text":
+            self.register_buffer("text", text)
+            self.query = nn.Linear(text.shape[1], D)
+        else:
+            self.query = nn.Parameter(torch.randn(K if query == "pool" else 1, layers, len(mask), D))
+
+    def forward(self, f, label=None):
+        B, L, token = len(f), len(self.transformer.decoder), None
+        if self.query_type == "text":
+            q = self.query(self.text[label])[:, None, None].expand(B, L, f.shape[1], -1)
+        elif self.query_type == "pool":
+            q = self.query[label]
+        else:
+            q = self.query.expand(B, -1, -1, -1)  # B x L x P x D
+        if self.token:
+            token = self.token(F.one_hot(label, self.K).to(f.dtype)).unsqueeze(1)  # B x 1 x D
+        return f, self.transformer(f, q.unbind(1), self.mask, token), None, None
+
+def build_backbone(settings, weights):
+    levels = (*REDUCTIONS, 32) if settings["data"] == "cifar10" else REDUCTIONS  # C = 720 with b4, as UniAD
+    return Backbone(settings["backbone"], settings["crop"] or settings["size"], weights, levels)
+
+def build(state, backbone):
+    """The model that the settings name, the backbone a part of it, with the state's tensors if it has any."""
+    s, classes, tensors = state["settings"], state["classes"], state["model"]
+    size = backbone.C, backbone.H, backbone.W, len(classes)
+    if s["uniad"]:
+        text = s["text"] and (tensors["text"] if tensors else read_text(s["text"], classes))
+        model = UniAD(*size, s["query"], text)
+    else:
+        keys = "query", "prompt", "adapter", "cls_loss", "prior_loss"
+        model = MINTAD(*size, **{key: s[key] for key in keys})
     model.backbone = backbone
+    if tensors:
+        with data.explain(f"{state['name']}.pt does not fit its settings"):
+            model.load_state_dict(tensors)
     return model
 
 def read_text(path, classes):
@@ -480,28 +446,13 @@ def image_score(maps, kind):
 
 # ---------------------------------------------------------------- train
 
-@torch.no_grad()
-def extract(backbone, images, index, folder, device):
-    """f of images[index], N x P x C in half precision, on the GPU if it fits; every process gets all.
+def extract(backbone, images, device):
+    """f of the images, N x P x C in half precision, on the GPU if it fits; once, as nothing augments."""
+    def half(image):
+        return [backbone(image).half()]
 
-    Computed once, as nothing augments.
-    """
-    N, memory = len(index), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    shape = (N, backbone.H * backbone.W, backbone.C)
-    size = 2 * math.prod(shape)
-    if size < 0.5 / WORLD * memory:
-        features = torch.empty(shape, dtype=torch.half)
-    else:  # the system keeps of it in memory what it can
-        file = tempfile.TemporaryFile(dir=folder)
-        os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would be a crash later
-        features = torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))
-    chunk = WORLD * (4 if device.type == "cpu" else 32)  # large temporary tensors cost a CPU twice the time
-    for rows in progress(torch.arange(N).split(chunk), "features"):
-        mine = rows[RANK::WORLD] if RANK < len(rows) else rows[:1]
-        f = backbone(to_device(images[index[mine.numpy()]], device)).half().cpu()
-        f = F.pad(f, (0, 0, 0, 0, 0, -(-len(rows) // WORLD) - len(f)))
-        features[rows] = gather(f, everywhere=True)[:len(rows)]
-    fits = device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]
+    features = torch.from_numpy(infer(half, images, device, everywhere=True)[0])
+    fits = device.type == "cuda" and features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]
     return features.to(device) if fits else features
 
 def channel_statistics(features):
@@ -509,14 +460,11 @@ def channel_statistics(features):
 
     The deviation has a floor of 1 % of the mean one: an untrained backbone has channels that never move.
     """
-    sums = torch.zeros(2, features.shape[-1], dtype=torch.float64, device=features.device)
-    for f in features.split(64):
-        sums += torch.stack([f.double().sum((0, 1)), f.double().square().sum((0, 1))])
-    mean, square = sums / features[:, :, 0].numel()
+    parts = (f.double().flatten(0, 1) for f in features.split(64))
+    mean, square = sum(torch.stack([f.sum(0), f.square().sum(0)]) for f in parts) / features[:, :, 0].numel()
     std = (square - mean**2).clamp_min(0).sqrt()
     if not torch.isfinite(std).all() or std.mean() == 0:
-        raise data.DataError("the backbone's features are constant or overflow half precision; check "
-                             "--weights")
+        raise data.DataError("the backbone's features are constant or overflow half precision: --weights?")
     return mean.float(), std.clamp_min(0.01 * std.mean()).float()
 
 def optimizers(model, s, device):
@@ -525,19 +473,15 @@ def optimizers(model, s, device):
     Muon (momentum 0.95, update scaled to AdamW's) at 4 times AdamW's rate: best of 2, 4, 10 in short runs.
     The query, key and value matrix is taken as one: in three parts it learned the same (README, "Results").
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = []
-    if s.optimizer == "muon":
-        matrices = [p for name, p in named
-                    if name.startswith("transformer.") and p.ndim == 2 and "_embed" not in name]
-    taken = set(map(id, matrices))
-    adamw = torch.optim.AdamW([p for _, p in named if id(p) not in taken], weight_decay=s.weight_decay,
-                              fused=device.type in ("cpu", "cuda"))
-    if not matrices:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = [name for name, p in named.items() if s.optimizer == "muon" and p.ndim == 2
+            and name.startswith("transformer.") and "_embed" not in name]
+    adamw = torch.optim.AdamW([p for name, p in named.items() if name not in muon],
+                              weight_decay=s.weight_decay, fused=device.type in ("cpu", "cuda"))
+    if not muon:
         return [(adamw, 1)]
-    muon = torch.optim.Muon(matrices, weight_decay=s.weight_decay, momentum=0.95,
-                            adjust_lr_fn="match_rms_adamw")
-    return [(adamw, 1), (muon, 4)]
+    return [(adamw, 1), (torch.optim.Muon([named[name] for name in muon], weight_decay=s.weight_decay,
+                                          momentum=0.95, adjust_lr_fn="match_rms_adamw"), 4)]
 
 def learning_rate(lr, step, steps):
     """The rate of a step: lr x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs); above the paper's it warms up.
@@ -551,7 +495,7 @@ def learning_rate(lr, step, steps):
 def train(model, state, samples, images, index, folder, device):
     """Train the model in place on images[index]; a checkpoint after each epoch, from where state stops."""
     s, name = argparse.Namespace(**state["settings"]), state["name"]
-    features = extract(model.backbone, images, index, folder, device)
+    features = extract(model.backbone, images[index], device)
     labels = labels_of(samples, state["classes"])[index]
     if not s.uniad and state["epoch"] == 0:
         model.mean, model.std = (x.to(device) for x in channel_statistics(features))
@@ -615,30 +559,23 @@ class Inference(nn.Module):
         score = image_score(maps, self.kind)
         return maps, score, torch.full_like(score, -1) if logits is None else logits.argmax(1).to(score.dtype)
 
-def needed_labels(settings, samples, classes):
-    """[labels of the samples, N] for the variants that need them at test time, else []."""
-    needs = settings["query"] in ("pool", "token", "text") or settings["prompt"] == "label"
-    return [labels_of(samples, classes)] if needs else []
+def judge(model, args, classes, samples, images, device):
+    """Maps N x S x S, scores N, predicted classes N of the images; None on all but the first process."""
+    return infer(Inference(model, args), images, device, labels_of(samples, classes))
 
 def evaluate(model, state, test, images, masks, args, folder, device):
     """{row: metrics} of the test images of the model's classes; with --save-maps pictures, and Fig. 4c's."""
     index = [i for i, sample in enumerate(test) if args.data == "cifar10" or sample.cls in state["classes"]]
-    if not index:
+    samples, images, masks = [test[i] for i in index], images[index], masks[index]
+    maps, scores, _ = judge(model, args, state["classes"], samples, images, device) if index else [None] * 3
+    if RANK or not index:
         return {}
-    samples, images = [test[i] for i in index], images[index]
-    labels = needed_labels(state["settings"], samples, state["classes"])
-    maps, scores, _ = infer(Inference(model, args), images, device, *labels)
-    if args.save_maps and RANK == 0:
-        path = folder / "maps" / f"{state['name']}-queries.png"
-        save_queries(path, model, samples, images, device, *labels)
-    return measure(args, state, samples, images, masks[index], maps, scores, folder)
-
-def restore(state, device):
-    """The model from a checkpoint alone."""
-    backbone = build_backbone(state["settings"], "none")
-    model = build(state["settings"], backbone, state["classes"], state["model"].get("text"))
-    fill(model, state)
-    return model.to(device).eval()
+    if args.save_maps:
+        pictures = folder / "maps" / f"seed{state['seed']}"
+        metrics.save_maps(pictures, samples, images, masks, maps, scores, state["normal"], args.quantile)
+        save_queries(folder / "maps" / f"{state['name']}-queries.png", model, samples, images,
+                     labels_of(samples, state["classes"]), device)
+    return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
 
 # ---------------------------------------------------------------- a run and its files
 
@@ -664,17 +601,18 @@ def train_run(args, device):
             name = f"seed{seed}" if args.unified else f"seed{seed}-{classes[0].replace('/', '_')}"
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          images=listing, model=None, optimizer=None, normal=None)
-            torch.manual_seed(seed)
-            model = build(settings, backbone, classes).to(device)
             if args.resume:
                 state = from_first(resume, folder, state)
-            if state["model"]:
-                fill(model, state)
+            torch.manual_seed(seed)
+            model = build(state, backbone).to(device)
             if state["normal"] is None:  # not finished
                 train(model, state, dataset.train, images, index, folder, device)
                 seen = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
                 samples = [dataset.train[i] for i in seen]
-                state["normal"] = calibrate(model, state, samples, images[seen], len(kept) > 0, device)
+                maps, scores, _ = judge(model, args, classes, samples, images[seen], device)
+                if RANK == 0:
+                    names = [sample.cls for sample in samples]
+                    state["normal"] = metrics.calibrate(maps, scores, names, len(kept) > 0)
                 state["optimizer"] = None  # it is not needed any more
                 save(folder, state)
             rows = evaluate(model, state, dataset.test, *test, args, folder, device)
@@ -683,8 +621,7 @@ def train_run(args, device):
 
 def eval_run(args, device):
     """Evaluate a checkpoint, or all of a run's folder, on the test images as they lie there now."""
-    states = from_first(load_run, args)
-    adopt(args, states)
+    states = load_run(args)
     folder, results = claim(args), {}
     for state in states:
         if state["normal"] is None:
@@ -715,25 +652,8 @@ def decode(args, samples, name):
         total(torch.zeros(1))
     return array
 
-def calibrate(model, state, samples, images, held_out, device):
-    """What normal images look like to the model: see metrics.calibrate. None on all but the first process."""
-    labels = needed_labels(state["settings"], samples, state["classes"])
-    network = Inference(model, argparse.Namespace(**state["settings"]))
-    maps, scores, _ = infer(network, images, device, *labels)
-    if RANK == 0:
-        return metrics.calibrate(maps, scores, [sample.cls for sample in samples], held_out)
-
-def measure(args, state, samples, images, masks, maps, scores, folder):
-    """{row: metrics}, with --save-maps also the pictures; on the other processes than the first nothing."""
-    if RANK:
-        return {}
-    if args.save_maps:
-        metrics.save_maps(folder / "maps" / f"seed{state['seed']}", samples, images, masks, maps, scores,
-                          state["normal"], args.quantile)
-    return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
-
 def report(args, results, folder):
-    """Print the table and write metrics.json."""
+    """Print the table and write metrics.json, from {seed: {row: metrics}}."""
     if RANK == 0:
         seeds = {seed: {"classes": rows, "mean": metrics.mean(rows)} for seed, rows in results.items()}
         result = metrics.over_seeds(seeds)
@@ -744,11 +664,10 @@ def report(args, results, folder):
 
 def claim(args):
     """The run's folder: --out, runs/PROGRAM-SET-SETTING, or eval or predict beside the checkpoint."""
-    default = Path("runs", f"{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
-    if args.eval:
+    folder = Path(args.out or f"runs/{PROGRAM}-{args.data}-{'unified' if args.unified else 'separate'}")
+    if args.eval and not args.out:
         source = Path(args.eval)
-        default = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
-    folder = Path(args.out or default)
+        folder = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
     if RANK == 0:
         LOG.append(data.claim(folder, PROGRAM, args.resume))
         metrics.save_json(folder / "args.json", vars(args), {})
@@ -756,15 +675,9 @@ def claim(args):
     return folder
 
 def save(folder, state):
-    """Write the checkpoint, on process 0; DataError if it cannot be written."""
-    path = folder / f"{state['name']}.pt"
-    try:
-        if RANK == 0:
-            with data.atomic(path) as temporary:
-                torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        left = "its last version is whole, --resume goes on from it" if path.exists() else "nothing was saved"
-        raise data.DataError(f"cannot write {path} ({' '.join(str(error).split())[:120]}); {left}") from None
+    if RANK == 0:
+        with data.atomic(folder / f"{state['name']}.pt", "--resume goes on from the last epoch") as temporary:
+            torch.save(state, temporary)
 
 def read_state(path, like=None):
     """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
@@ -786,31 +699,24 @@ def resume(folder, state):
         log(f"{path}: no checkpoint yet, starting from the beginning")
         return state
     found = read_state(path, state)
-    for now, then in zip_longest(state["images"], found["images"]):
-        if now != then:
-            raise data.DataError(f"--resume: {path} was trained on other images: on {then}, where now is "
-                                 f"{now}; give the same --root or another --out")
+    if others := set(found["images"]) ^ set(state["images"]):
+        raise data.DataError(f"--resume: {path} was trained on other images ({min(others)}); give the same "
+                             "--root or another --out")
     log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
     return found
 
 def load_run(args):
-    """States of the checkpoint --eval, or of all in a run's folder. DataError if their settings differ."""
-    path = Path(args.eval)
-    paths = sorted(path.glob("seed*.pt")) if path.is_dir() else [path]
-    if not paths:
-        raise data.DataError(f"--eval {path}: no checkpoint (.pt) in this folder")
-    first = read_state(paths[0])
-    states = [first, *(read_state(p, first) for p in paths[1:])]
+    """States of the checkpoint --eval, or of all in a run's folder, whose settings the arguments adopt."""
+    path, states = Path(args.eval), []
+    for file in from_first(lambda: sorted(path.glob("seed*.pt")) or [path]):
+        states.append(from_first(read_state, file, *states[:1]))
     if (args.predict or args.export or args.save_maps) and any(state["normal"] is None for state in states):
         raise data.DataError(f"--eval {path}: its training stopped early; finish it with --resume")
-    return states
-
-def adopt(args, states):
-    """The checkpoints' settings, seeds and root, where the arguments leave them open."""
     for key, value in states[0]["settings"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
+    return states
 
 @torch.no_grad()
 def load_weights(net, name, weights, key_in_file=str):
@@ -821,12 +727,8 @@ def load_weights(net, name, weights, key_in_file=str):
     """
     if weights == "none":
         return
-    try:
+    with data.explain(f"--backbone {name}: cannot download its weights, --weights FILE takes a local file"):
         state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
-    except (OSError, RuntimeError) as error:  # what the hub's client raises
-        reason = " ".join(str(error).split())[:120]
-        raise data.DataError(f"--backbone {name}: cannot download its weights ({reason}); --weights FILE "
-                             "takes a local file, --weights none an untrained backbone") from None
     for key in ("model", "models", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0 for stages.0
@@ -842,30 +744,21 @@ def load_weights(net, name, weights, key_in_file=str):
 
 def read_tensors(path):
     """The dict of a .safetensors file or of a torch checkpoint of tensors and plain containers."""
-    try:
+    with data.explain(f"{path}: not a readable checkpoint"):
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # some scripts save their arguments too
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise data.DataError(f"{path}: no such file") from None
-    except Exception as error:  # pickle, zip, safetensors and OS errors share no base class
-        raise data.DataError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
 
-def fill(model, state):
-    """Load a checkpoint's tensors; DataError that names those that do not fit."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise data.DataError(f"{state['name']}.pt does not fit its settings: {reason}") from None
+def restore(state, device):
+    """The model from a checkpoint alone."""
+    return build(state, build_backbone(state["settings"], "none")).to(device).eval()
 
 # ---------------------------------------------------------------- a trained model's use
 
 def one_model(args):
     """The state of the one model that --predict and --export use."""
     state, *others = load_run(args)
-    adopt(args, [state])
     if others or WORLD > 1:
         raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
     if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in state["classes"]):
@@ -874,7 +767,7 @@ def one_model(args):
     return state
 
 @torch.no_grad()
-def save_queries(path, model, samples, images, device, labels=None):
+def save_queries(path, model, samples, images, labels, device):
     """Fig. 4c: how a query's positions attend to each other, P x P, for the first test image of each class.
 
     Shown before the softmax, which is one-hot at the length that q reaches: cosines of q's rows. UniAD's
@@ -885,8 +778,7 @@ def save_queries(path, model, samples, images, device, labels=None):
         first.setdefault(sample.cls, i)
     hook = model.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
     for cls, i in first.items():
-        label = None if labels is None else labels[[i]].to(device)
-        model(model.backbone(to_device(images[[i]], device)), label)
+        model(model.backbone(to_device(images[[i]], device)), labels[[i]].to(device))
         q = F.normalize(seen.pop()[0], dim=-1)  # P x D
         pictures.append(metrics.panels([metrics.heat((q @ q.T).cpu().numpy(), 0, 1)], cls, 0, 1))
     hook.remove()
@@ -897,89 +789,71 @@ def save_queries(path, model, samples, images, device, labels=None):
 
 def predict(args, device):
     """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
-    state, asked = one_model(args), args.classes
-    files, network = data.find_images(args.predict), Inference(restore(state, device), args)
-    if not asked and needed_labels(state["settings"], [], []):
-        known = ", ".join(state["classes"])
-        raise data.DataError(f"--classes: this model needs the class of the images, one of {known}")
+    state = one_model(args)
+    files, model, classes = data.find_images(args.predict), restore(state, device), state["classes"]
+    if model.needs_label and not args.classes:
+        raise data.DataError("--classes: this model needs the class of the images, one of "
+                             + ", ".join(classes))
 
     def look(images):
-        samples = [data.Sample("", 0, None, asked[0] if asked else "", "")] * len(images)
-        labels = needed_labels(state["settings"], samples, state["classes"])
-        maps, scores, k = infer(network, images, device, *labels, quiet=True)
-        named = [state["classes"][int(i)] if i >= 0 else None for i in k]
-        return maps, scores, asked * len(images) if asked else named
+        samples = [data.Sample("", 0, None, args.classes[0] if args.classes else "", "")] * len(images)
+        maps, scores, found = judge(model, args, classes, samples, images, device)
+        named = [classes[int(i)] if i >= 0 else None for i in found]
+        return maps, scores, args.classes or named
 
     folder = claim(args)
     return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
 
 def export(args):
-    """Write the network as a torch.export program, which loads without this project."""
-    state = one_model(args)
-    if needed_labels(state["settings"], [], []):
-        raise data.DataError("--export: this variant needs a class label beside the image and is not "
-                             "exported")
-    write_program(Inference(restore(state, torch.device("cpu")), args), args)
+    model = restore(one_model(args), torch.device("cpu"))
+    write_program(Inference(model, args), args, *[torch.zeros(2, dtype=torch.long)] * model.needs_label)
 
 def bench(args, device):
-    """Table 6, ours and theirs: parameters, multiply-adds, seconds per batch; training steps per second."""
-    if needed_labels(vars(args), [], []):
-        raise data.DataError("--bench: a variant that needs a label is not timed")
-    model = build(vars(args), build_backbone(vars(args), "none"), [str(i) for i in range(15)]).to(device)
-    network, size = Inference(model, args), args.crop or args.size
-    theirs = [" "] * 7
-    if (args.backbone, size) == (PAPER["backbone"], PAPER["size"]):
-        theirs = ("6.27", "0.92", .032, .068, .089, .146, .2305) if args.uniad else (
-            "9.44", "1.13", .026, .035, .057, .104, .194)
-    log(f"{args.backbone}, {size} x {size}, {device}, {torch.get_num_threads()} threads; in brackets the "
-        "paper's, on its GPU")
-    parts = {"in all": model, **dict(model.named_children())}
-    counts = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}" for name, part in parts.items()]
-    log(f"parameters (M): {', '.join(counts)} ({theirs[0]})")
+    """Table 6: parameters, multiply-adds, seconds per batch; training steps per second."""
+    backbone, label = build_backbone(vars(args), "none"), torch.arange(64, device=device) % 15
+    model = build(dict(settings=vars(args), classes=range(15), model=None), backbone).to(device)
+    network, side = Inference(model, args), args.crop or args.size
+    log(f"{args.backbone}, {side} x {side}, {device}, {torch.get_num_threads()} threads")
+    for name, part in ("in all", model), *model.named_children():
+        log(f"parameters, {name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M")
 
     @torch.no_grad()
     def look():
-        return network(image)[1].cpu()
+        return network(image, label[:B])[1].cpu()
 
     def step():
-        loss, _ = objective(model, model(f), label)
+        loss, _ = objective(model, model(f, label[:B]), label[:B])
         loss.backward()
         for optimizer, _ in steppers:
             optimizer.step()
             optimizer.zero_grad()
         return loss.item()
 
-    for B, seconds_of_paper in zip((1, 8, 16, 32, 64), theirs[2:]):
-        image = torch.rand(B, 3, size, size, device=device)
+    for B in (1, 8, 16, 32, 64):
+        image = torch.rand(B, 3, side, side, device=device)
         if B == 1:
             with FlopCounterMode(display=False) as counter:
                 look()
-            log(f"multiply-adds: {counter.get_total_flops() / 2e9:.2f} G ({theirs[1]})")
-        log(f"batch {B}: {seconds(look):.4f} s ({seconds_of_paper})")
-    steppers = optimizers(model.train(), args, device)
-    f = torch.randn(args.batch_size, model.H * model.W, len(model.mean), device=device)
-    label = torch.arange(args.batch_size, device=device) % 15
-    log(f"training, batch {args.batch_size}: {1 / seconds(step):.3f} steps/s")
+            log(f"multiply-adds: {counter.get_total_flops() / 2e9:.2f} G")
+        log(f"batch {B}: {seconds(look):.4f} s")
+    log(TABLE_6)
+    B, steppers = min(args.batch_size, 64), optimizers(model.train(), args, device)
+    f = torch.randn(B, backbone.H * backbone.W, backbone.C, device=device)
+    log(f"training, batch {B}: {1 / seconds(step):.3f} steps/s")
     log(f"storage {sum(v.nbytes for v in model.state_dict().values()) / 2**20:.1f} MiB")
 
-def write_program(network, args):
-    size = args.crop or args.size
-    program = torch.export.export(network.eval(), (torch.rand(2, 3, size, size),),
-                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    try:
-        with data.atomic(args.export) as temporary:
-            torch.export.save(program, temporary)
-    except RuntimeError as error:  # a full disk
-        raise data.DataError(f"cannot write {args.export} ({' '.join(str(error).split())[:120]})") from None
-    log(f"{args.export}: image B x 3 x {size} x {size} in 0..1 -> map, score (mintad.py: and class)")
+def write_program(network, args, *labels):
+    """Write a torch.export program, which loads without this project."""
+    side = args.crop or args.size
+    program = torch.export.export(network.eval(), (torch.rand(2, 3, side, side), *labels), strict=False,
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * (1 + len(labels)))
+    with data.atomic(args.export) as temporary:
+        torch.export.save(program, temporary)
+    log(f"{args.export}: image B x 3 x {side} x {side} in 0..1 -> map, score (mintad.py: and class)")
 
-def seconds(function, repeats=5):
+def seconds(function):
     """Median time of function(), which must wait for the device; the first call is not counted."""
-    times = [time.perf_counter()]
-    for _ in range(repeats + 1):
-        function()
-        times.append(time.perf_counter())
-    return sorted(np.diff(times)[1:])[repeats // 2]
+    return np.median(timeit.repeat(function, number=1, repeat=6)[1:])
 
 # ---------------------------------------------------------------- processes and logging
 
@@ -988,20 +862,19 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 PROGRAM, LOG = Path(__file__).stem, []  # LOG: the run's log.txt, open on process 0
 
 def start(name):
-    """The device of this process; joins the process group under torchrun. Raises DataError."""
+    """The device of this process; joins the process group under torchrun. DataError: no such device."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = name or best
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected cpu, cuda, cuda:N or mps")
+    with data.explain(f"--device {name or best}: not usable here"):
+        device = torch.device(name or best)
         if device.type == "cuda":
             device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise data.DataError(f"--device {name}: not usable here ({reason})") from None
+        torch.zeros(1, device=device).item()
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Memory of large tensors that are freed stays in the process: it takes longer to get fresh pages
+        # from the system than to compute with them.
+        for option, value in (-4, 0), (-1, 2**30):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     if WORLD > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))
@@ -1022,21 +895,20 @@ def total(x):
     return x
 
 @torch.no_grad()
-def infer(network, images, device, *labels, quiet=False):
+def infer(network, images, device, *labels, everywhere=False):
     """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
 
-    Every process computes its share; process 0 gets all, the others None for each output.
+    Every process computes its share; process 0, or every one, gets all, the others None for each output.
     """
-    N = len(images)
+    N, parts = len(images), []
     rows = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on each; the surplus is cut
-    parts, chunk = [], 4 if device.type == "cpu" else 32  # large temporary tensors cost a CPU twice the time
-    for batch in progress(rows.split(chunk), "evaluate", quiet):
+    for batch in progress(rows.split(32), "inference"):
         x = to_device(images[batch.numpy()], device)
         parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
-    outputs = [gather(torch.cat(part)) for part in zip(*parts)]
+    outputs = [gather(torch.cat(part), everywhere) for part in zip(*parts)]
     return [None if output is None else output[:N].numpy() for output in outputs]
 
-def gather(x, everywhere=False):
+def gather(x, everywhere):
     """Rows RANK::WORLD of every process, as many each -> all, in order; None where they are not wanted."""
     if WORLD == 1:
         return x
@@ -1052,16 +924,14 @@ def to_device(images, device):
 
 def log(text):
     """A line to the screen and to log.txt, by process 0 alone."""
-    if RANK == 0:
-        text = text.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
-        tqdm.write(text)
-        sys.stdout.flush()
-        for file in LOG:
-            print(text, file=file, flush=True)
+    text = text.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
+    for file in (sys.stdout, *LOG) if RANK == 0 else ():
+        tqdm.write(text, file)
+        file.flush()
 
-def progress(iterable, name, quiet=False):
-    """A bar in a terminal, nothing in a file."""
-    return tqdm(iterable, name, leave=False, disable=True if RANK or quiet else None, dynamic_ncols=True)
+def progress(iterable, name):
+    """A bar in a terminal, after a second, and nothing in a file."""
+    return tqdm(iterable, name, leave=False, disable=True if RANK else None, delay=1, dynamic_ncols=True)
 
 # ---------------------------------------------------------------- the paper's published figures
 
@@ -1087,34 +957,29 @@ TABLES = {  # (set, unified?): first the columns, then the rows
     ("cifar10", True): """ uniad:i_auroc mint:i_auroc
         01234      .844 .867   56789     .809 .833   02468     .930 .936   13579     .906 .926""",  # Table 7
 }
-# Tables 4, 5, MVTec AD unified: the flags that differ from MINT-AD's defaults, mean I-AUROC and P-AUPR.
-VARIANTS = {
-    "uniad query=pool": (.976, .470),
-    "uniad query=token": (.979, .470),
-    "uniad query=text": (.977, .463),
-    "prompt=image": (.978, .465),
-    "prompt=label": (.980, .472),
-    "query=mlp": (.980, .498),
-    "query=learned no-adapter no-cls-loss no-prior-loss": (.971, .447),
-    "query=learned no-cls-loss no-prior-loss": (.975, .445),
-    "query=learned no-prior-loss": (.977, .465),
-    "no-prior-loss": (.981, .477),
-    "query=learned": (.983, .502),
-}
-BACKBONES = """ resnet18.tv_in1k resnet34.tv_in1k resnet50.tv_in1k resnet101.tv_in1k
-    tf_efficientnet_b0.aa_in1k tf_efficientnet_b2.aa_in1k tf_efficientnet_b6.aa_in1k"""
-TABLE_8 = dict(zip(BACKBONES.split(), (.931, .927, .943, .931, .983, .964, .985)))
+# Tables 4, 5 and 8, MVTec AD unified: the settings that differ from MINT-AD's defaults.
+VARIANTS = """ i_auroc p_aupr
+    uniad,query=pool .976 .470   uniad,query=token .979 .470   uniad,query=text .977 .463
+    prompt=image .978 .465   prompt=label .980 .472   query=mlp .980 .498   query=learned .983 .502
+    query=learned,no-adapter,no-cls-loss,no-prior-loss .971 .447
+    query=learned,no-cls-loss,no-prior-loss .975 .445
+    query=learned,no-prior-loss .977 .465   no-prior-loss .981 .477"""
+TABLE_8 = """ i_auroc
+    resnet18.tv_in1k .931   resnet34.tv_in1k .927   resnet50.tv_in1k .943   resnet101.tv_in1k .931
+    tf_efficientnet_b0.aa_in1k .983   tf_efficientnet_b2.aa_in1k .964   tf_efficientnet_b6.aa_in1k .985"""
+TABLE_6 = """the paper (b4, 224 x 224, its GPU): parameters, multiply-adds, seconds per batch
+    MINT-AD  9.44 M  1.13 G  .026 .035 .057 .104 .194
+    UniAD    6.27 M  0.92 G  .032 .068 .089 .146 .2305"""
 
 def variant(args):
-    """The flags of Tables 4 and 5 that differ from the defaults, in one line."""
+    """The flags of Tables 4 and 5 that differ from the defaults, in one word."""
     flags = ["uniad"] if args.uniad else []
     if args.query != ("layerwise" if args.uniad else "inr"):
         flags.append(f"query={args.query}")
     if args.prompt != "feature":
-        return " ".join([*flags, f"prompt={args.prompt}"])  # which has no classifier anyway
+        return ",".join([*flags, f"prompt={args.prompt}"])  # which has no classifier anyway
     names = ("adapter", "cls_loss", "prior_loss") if args.query != "mlp" else ()
-    off = [name for name in names if not getattr(args, name)]
-    return " ".join([*flags, *(f"no-{name.replace('_', '-')}" for name in off)])
+    return ",".join(flags + [f"no-{name.replace('_', '-')}" for name in names if not getattr(args, name)])
 
 def paper_figures(args, found):
     """{row: {metric: the paper's figure}} for this set, setting, variant and backbone, {} if it gives none.
@@ -1123,20 +988,17 @@ def paper_figures(args, found):
     """
     rows, flags = read_table(TABLES.get((args.data, args.unified), "none")), variant(args)
     complete = set(rows) - {"mean"} <= set(found)
-    if not rows or args.size != PAPER["size"] or args.crop or args.literal or (
+    if args.size != PAPER["size"] or args.crop or args.literal or (
             args.unified and args.data != "cifar10" and not complete):
         return {}
-    if args.backbone == PAPER["backbone"] and flags in ("", "uniad"):
+    same = args.backbone == PAPER["backbone"]
+    if same and flags in ("", "uniad"):
         method = "uniad:" if args.uniad else "mint:"
-        shown = [row for row in rows if row in found or row == "mean" and complete]
         return {row: {column.removeprefix(method): x for column, x in rows[row].items() if method in column}
-                for row in shown}
+                for row in rows if row in found or row == "mean" and complete}
     mean = {}
-    if (args.data, args.unified) == ("mvtec", True):
-        if args.backbone == PAPER["backbone"]:
-            mean = dict(zip(("i_auroc", "p_aupr"), VARIANTS.get(flags, ())))
-        elif flags == "" and args.backbone in TABLE_8:
-            mean = {"i_auroc": TABLE_8[args.backbone]}
+    if (args.data, args.unified) == ("mvtec", True) and (same or not flags):
+        mean = read_table(VARIANTS if same else TABLE_8).get(flags if same else args.backbone)
     return {"mean": mean} if mean else {}
 
 def read_table(text):
@@ -1157,8 +1019,7 @@ def flag(key):
     return "--" + key.replace("_", "-")
 
 def show(settings):
-    given = {key.replace("_", "-"): value for key, value in settings.items() if value is not None}
-    return ", ".join(f"{key} {value}" for key, value in given.items())
+    return ", ".join(f"{flag(key)[2:]} {value}" for key, value in settings.items() if value is not None)
 
 def new_parser(description, defaults):
     """The flags of both scripts. A setting's default is None: the preset or the checkpoint fills it in."""
@@ -1186,12 +1047,13 @@ def new_parser(description, defaults):
     add("--seed", type=int, nargs="+", metavar="S", help="several: mean and deviation (default 1)")
     add("--amp", action="store_const", const=True, help="train in bfloat16; evaluation is in full precision")
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="DIR", help="an empty folder for results (default runs/SCRIPT-SET-SETTING)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--eval", metavar="CKPT", help="evaluate a checkpoint, or all of a run's folder")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="DIR", help="an empty folder (default runs/SCRIPT-SET-SETTING)")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    run.add_argument("--eval", metavar="CKPT", help="evaluate a checkpoint, or all of a run's folder")
+    run.add_argument("--quantile", type=float, default=0.99, help="of normal scores: the threshold (0.99)")
+    add = run.add_mutually_exclusive_group().add_argument
     add("--predict", nargs="+", metavar="PATH", help="with --eval: files, folders or globs to judge")
-    add("--quantile", type=float, default=0.99, help="threshold: quantile of normal scores (default 0.99)")
     add("--export", metavar="FILE", help="with --eval: write the network as a torch.export program (.pt2)")
     add("--save-maps", action="store_true", help="pictures of all test images and a sheet per class")
     add("--bench", action="store_true", help="speed and cost, no data needed")
@@ -1204,25 +1066,16 @@ def check(parser, args):
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not low <= value <= high:
                 parser.error(f"{flag(key)} {value}: expected {low} to {high}")
-    uses = [flag(key) for key in ("predict", "export", "save_maps", "bench") if getattr(args, key)]
-    if len(uses) > 1:
-        parser.error(f"{uses[0]} and {uses[1]}: one at a time")
-    if args.bench and args.eval:
-        parser.error("--bench goes without --eval")
+    free = ("classes",) if args.predict else ("score",)  # all else is the checkpoint's
+    for key in (*SETTINGS, "seed", "resume", "bench"):
+        if args.eval and getattr(args, key) not in (None, False) and key not in free:
+            parser.error(f"{flag(key)} does not go with --eval: the checkpoint says it")
     if (args.predict or args.export) and not args.eval:
-        parser.error(f"{uses[0]} needs --eval CKPT")
-    free = ("classes",) if args.predict else ("score",)  # the rest is the checkpoint's
-    typed = [key for key in (*SETTINGS, "seed") if getattr(args, key) is not None and key not in free]
-    typed += ["resume"] if args.resume else []
-    if args.eval and typed:
-        parser.error(f"{flag(typed[0])} does not go with --eval: the checkpoint says it")
+        parser.error(f"{'--predict' if args.predict else '--export'} needs --eval CKPT")
     if args.crop and args.size and args.crop > args.size:
         parser.error(f"--crop {args.crop} is larger than --size {args.size}")
-    if args.export:
-        path = Path(args.export).absolute()
-        if path.suffix != ".pt2" or not path.parent.is_dir() or path.exists():
-            parser.error(f"--export {args.export}: expected a new file that ends in .pt2, in a folder that "
-                         "exists")
+    if args.export and (not args.export.endswith(".pt2") or os.path.lexists(args.export)):
+        parser.error(f"--export {args.export}: expected a new file that ends in .pt2")
 
 def parse(argv=None):
     """The arguments; what the user left out comes from the preset, or with --eval from the checkpoint."""
@@ -1243,11 +1096,9 @@ def parse(argv=None):
     check(parser, args)
     if args.eval:
         return args
-    if args.uniad:
-        for key in ("prompt", "literal", "adapter", "cls_loss", "prior_loss"):
-            if getattr(args, key) is not None:
-                name = flag(key if key in ("prompt", "literal") else f"no_{key}")
-                parser.error(f"{name} does not go with --uniad")
+    for key in ("prompt", "literal", "adapter", "cls_loss", "prior_loss") if args.uniad else ():
+        if (value := getattr(args, key)) is not None:
+            parser.error(f"{flag(key if value else 'no_' + key)} does not go with --uniad")
     name = args.data or "toy"
     preset = PAPER | {"root": str(Path("data", "" if "+" in name else name))}
     preset |= TOY if name == "toy" and not args.bench else {"holdout": 0.1} if name == "folder" else {}
@@ -1259,43 +1110,40 @@ def parse(argv=None):
             setattr(args, key, value)
     allowed = ("layerwise", "pool", "token", "text") if args.uniad else ("inr", "mlp", "learned")
     if args.query not in allowed:
-        which = "with" if args.uniad else "without"
-        parser.error(f"--query {args.query}: {which} --uniad choose from {', '.join(allowed)}")
+        parser.error(f"--query {args.query}: with{'' if args.uniad else 'out'} --uniad choose from "
+                     + ", ".join(allowed))
     if args.query == "learned" and not args.prior_loss and args.prompt != "feature":
         parser.error(f"--prompt {args.prompt}: nothing uses the class token with --query learned "
                      "--no-prior-loss")
     if (args.query == "text") != bool(args.text):
         parser.error("--query text and --text FILE go together")
     if name == "cifar10" and (args.prompt == "label" or args.query in ("pool", "token", "text")):
-        parser.error("--data cifar10: this variant needs the class of every test image, which anomalies "
-                     "there have not")
+        parser.error("--data cifar10: this variant needs the class of each test image; anomalies have none")
     args.unified |= name == "cifar10"  # UniAD's protocol has no other setting
     args.cls_loss &= args.prompt == "feature"  # no classifier, no Eq. 1
     args.prior_loss &= args.query != "mlp"  # Sec. 0.B.6
     return args
 
-def run(argv):
-    """Parse, then one of train, evaluate, predict, export, bench. Returns the exit status."""
-    with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):
-        args = parse(argv)
-    device = start(args.device)
-    if args.bench:
-        bench(args, device)
-    elif args.predict:
-        return 0 if predict(args, device) else 1
-    elif args.export:
-        export(args)
-    elif args.eval:
-        eval_run(args, device)
-    else:
-        train_run(args, device)
-    return 0
-
 def main(argv=None):
-    """Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted."""
+    """Parse, then one of train, evaluate, predict, export, bench.
+
+    Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted.
+    """
     code, line = 0, None
     try:
-        code = run(argv)
+        with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):
+            args = parse(argv)
+        device = start(args.device)
+        if args.bench:
+            bench(args, device)
+        elif args.predict:
+            code = 0 if predict(args, device) else 1
+        elif args.export:
+            export(args)
+        elif args.eval:
+            eval_run(args, device)
+        else:
+            train_run(args, device)
     except (data.DataError, OSError) as error:
         code, line = 2, f"error: {error}"
         time.sleep(10 if RANK else 0)  # process 0 mostly has the same error; torchrun then ends this process

@@ -32,7 +32,7 @@ class Patches(mintad.Backbone):
 @torch.no_grad()
 def bank_maps(backbone, train, test, device):
     """Maps M x S x S of uint8 M x S x S x 3 test images, by N x S x S x 3 training images of their class."""
-    f, f_test = (mintad.extract(backbone, x, np.arange(len(x)), None, device) for x in (train, test))
+    f, f_test = (mintad.extract(backbone, x, device) for x in (train, test))
     std = mintad.channel_statistics(f)[1].to(device)
     bank = f.to(device).flatten(0, 1).float() / std  # N*P x C
     # An image at a time: P x N*P distances are 50 to 200 MB.

@@ -36,12 +36,9 @@ def toy(script, *more):
     return tiny(script, "--epochs", "3", "--classes", "pill", *more)
 
 
-def command(script, *args, processes=0):
+def command(script, *args):
     """Run a script as a user does; returns the finished process."""
-    start = [sys.executable]
-    if processes:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, SCRIPTS[script].__file__, *map(str, args)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, SCRIPTS[script].__file__, *map(str, args)], capture_output=True, text=True,
                           timeout=280, env=ENVIRONMENT)
 
 
@@ -106,13 +103,6 @@ def test_resume_after_kills_is_bit_identical(script, run, tmp_path):
     assert (run / "metrics.json").read_bytes() == (out / "metrics.json").read_bytes()
 
 
-def test_two_processes(script, tmp_path):
-    """Under torchrun; 25 images: the last batch of 8 has one, the other process none."""
-    result = succeed(command(script, *toy(script), "--out", tmp_path / "two", processes=2))
-    assert result.stdout.count("epoch 3/3") == 1  # the others are quiet
-    assert json.loads((tmp_path / "two/metrics.json").read_text())["mean"]["i_auroc"] is not None
-
-
 def test_seeds_and_separate_models(script, tmp_path):
     args = tiny(script, "--classes", "weave", "pill", "--seed", 1, 2, "--no-unified", "--epochs", 1, "--out", tmp_path / "s")
     succeed(inside(script, *args))
@@ -157,7 +147,7 @@ def test_eval_of_an_unfinished_training_says_so(script, run, tmp_path):
 
 def test_one_output_at_a_time(script, run):
     result = inside(script, "--eval", run, "--predict", "x.png", "--export", "y.pt2")
-    assert result.returncode == 2 and "one at a time" in result.stderr
+    assert result.returncode == 2 and "not allowed with" in result.stderr
 
 
 def test_a_separate_model_takes_its_own_text(tmp_path):
@@ -298,7 +288,7 @@ def test_export_wants_a_new_file(script, run, tmp_path):
     (tmp_path / "old.pt2").write_text("mine")
     for name in ("nowhere/x.pt2", "x", "old.pt2"):
         result = inside(script, "--eval", run, "--export", tmp_path / name)
-        assert result.returncode == 2 and "--export" in result.stderr
+        assert result.returncode == 2 and name in result.stderr
     assert (tmp_path / "old.pt2").read_text() == "mine"
 
 
@@ -325,7 +315,7 @@ def test_export_loads_without_the_project(script, run, tmp_path):
     state = torch.load(run / "seed1.pt", weights_only=True)
     model = SCRIPTS[script].restore(state, torch.device("cpu"))
     settings = argparse.Namespace(**state["settings"])
-    eager = mintad.Inference(model, settings) if script == "mintad" else minimaxad.Inference(model, 64, "max")
+    eager = SCRIPTS[script].Inference(model, settings)
     torch.save(images := torch.rand(8, 3, 64, 64), tmp_path / "images.pt")
     subprocess.run([sys.executable, "-c", "import torch; p = torch.export.load('net.pt2').module(); "
                     "x = torch.load('images.pt'); torch.save([p(x), p(x[:1])], 'out.pt')"], cwd=tmp_path, check=True)

@@ -17,7 +17,8 @@ def no_autocast(*args, **options):
 
 
 def mint(**variant):
-    model = mintad.MINTAD(12, 8, 8, 3, layers=1, **variant).to(META)
+    kind = mintad.UniAD if "uniad" in variant else mintad.MINTAD
+    model = kind(12, 8, 8, 3, layers=1, **{key: x for key, x in variant.items() if key != "uniad"}).to(META)
     f, label = torch.randn(4, 64, 12, device=META), torch.tensor([0, 1, 2, 0], device=META)
     loss, _ = mintad.objective(model.train(), model(f, label), label)
     loss.backward()
@@ -41,12 +42,12 @@ def minimax(arch, loss):
 
 
 STEPS = {f"mintad {variant}": (mint, variant) for variant in (
-    {}, {"query": "mlp", "prior_loss": False}, {"prompt": "label", "cls_loss": False}, {"uniad": True, "query": "layerwise"},
+    {}, {"query": "mlp", "prior_loss": False}, {"prompt": "label", "cls_loss": False}, {"uniad": True},
     {"uniad": True, "query": "pool"})} | {f"minimaxad {arch} {loss}": (minimax, {"arch": arch, "loss": loss}) for arch, loss in (
         ("minimax", "adc"), ("minimax", "global"), ("rd", "local-hm"))}
 
 
-@pytest.mark.parametrize("name", map(str, STEPS))
+@pytest.mark.parametrize("name", list(STEPS))
 def test_no_tensor_is_made_on_the_cpu_and_none_is_read_in_the_middle_of_a_step(name, monkeypatch):
     monkeypatch.setattr(torch, "autocast", no_autocast)  # it does not know this device
     make, options = STEPS[name]

@@ -126,11 +126,16 @@ def test_golden_cases_take_both_branches():
         assert ((S.square() >= alpha - variance).sum().item() < S.numel() * (1 - p_lim)) == beta
 
 
+def hard_mined(S, p_lim):
+    """Eq. 9."""
+    return minimaxad.mined_mean(S, minimaxad.quantile(S.square(), p_lim))[0]
+
+
 def test_other_losses_by_hand():
     S = torch.tensor([[[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, 1.0]]])
-    assert minimaxad.local_loss(S).item() == pytest.approx((.01 + .04 + .09 + .16 + .25 + .36 + .49 + 1) / 8)
-    assert minimaxad.local_hm_loss(S, 5 / 7).item() == pytest.approx((.36 + .49 + 1) / 3)  # >=: the sixth counts
-    assert minimaxad.local_hm_loss(S, 5.5 / 7).item() == pytest.approx((.49 + 1) / 2)
+    assert minimaxad.mined_mean(S, 0)[0].item() == pytest.approx((.01 + .04 + .09 + .16 + .25 + .36 + .49 + 1) / 8)
+    assert hard_mined(S, 5 / 7).item() == pytest.approx((.36 + .49 + 1) / 3)  # >=: the sixth counts
+    assert hard_mined(S, 5.5 / 7).item() == pytest.approx((.49 + 1) / 2)
 
 
 @pytest.mark.parametrize("name", ["local", "local-hm", "adc", "global"])
@@ -138,8 +143,8 @@ def test_training_loss_is_the_loss_of_that_name(name):
     encoder_maps, decoder_maps, S, _ = golden_case("hard")
     loss, mined = minimaxad.training_loss(name, encoder_maps, decoder_maps, 64, 0.9, 0.99)
     p = np.quantile(S, 0.9) - S.var().item()
-    expected = {"local": (minimaxad.local_loss(S), S.numel()),
-                "local-hm": (minimaxad.local_hm_loss(S, 0.99), (S >= np.quantile(S, 0.99)).sum()),
+    expected = {"local": (S.square().mean(), S.numel()),
+                "local-hm": (hard_mined(S, 0.99), (S >= np.quantile(S, 0.99)).sum()),
                 "adc": (minimaxad.adc_loss(S, 0.9, 0.99), (S.square() >= p).sum()),
                 "global": (minimaxad.global_loss(encoder_maps, decoder_maps), S.numel())}[name]
     assert loss.item() == pytest.approx(expected[0].item()) and int(mined) == int(expected[1])
@@ -176,7 +181,7 @@ def test_losses_beyond_the_elements_that_torch_quantile_takes():
     low, high = np.partition(squares, [int(rank), int(rank) + 1])[[int(rank), int(rank) + 1]].astype(float)
     beta = low + (high - low) * (rank - int(rank))
     assert minimaxad.quantile(S.square(), 0.9995).item() == pytest.approx(beta, rel=1e-6)
-    assert minimaxad.local_hm_loss(S).item() == pytest.approx(squares[squares >= beta].mean(dtype=float), rel=1e-5)
+    assert hard_mined(S, 0.9995).item() == pytest.approx(squares[squares >= beta].mean(dtype=float), rel=1e-5)
     variance = S.numpy().var(dtype=float)
     mined = squares >= float(S.max()) - variance  # alpha for p_hard = 1
     if mined.sum() < n * 0.0005:
@@ -454,8 +459,8 @@ def test_bad_names_and_files(tmp_path):
             ("resnet18.tv", "none", "resnet18.tv"),
             ("vit_tiny_patch16_224", "none", "strides"),
             ("swin_tiny_patch4_window7_224", "none", "not a CNN"),
-            ("unireplknet_a", tmp_path / "none.pth", "none.pth: no such file"),
-            ("unireplknet_a", tmp_path / "none.safetensors", "none.safetensors: no such file"),
+            ("unireplknet_a", tmp_path / "none.pth", "none.pth: not a readable checkpoint: No such file"),
+            ("unireplknet_a", tmp_path / "none.safetensors", "none.safetensors: not a readable checkpoint: No such file"),
             ("unireplknet_a", tmp_path / "empty.pth", "empty.pth: not a readable"),
             ("unireplknet_a", tmp_path / "bad.safetensors", "bad.safetensors: not a readable"),
             ("unireplknet_a", tmp_path / "tensor.pth", "tensor.pth: not a readable"),

@@ -28,7 +28,7 @@ def test_inr_has_the_papers_weights():
 
 def test_query_starts_at_the_scale_of_a_learned_one_and_tells_positions_and_classes_apart():
     torch.manual_seed(0)
-    q = mintad.INRQuery(64)(F.one_hot(torch.arange(2), 32).float()).detach()
+    q = mintad.INR()(torch.randn(64, 3), F.one_hot(torch.arange(2), 32).float()).detach()
     assert 0.5 < q.std() < 1.5
     assert q.std(1).mean() > 0.5 and (q[0] - q[1]).std() > 0.25
 
@@ -56,10 +56,7 @@ def test_module_shapes():
     z, logits = mintad.FeaturePrompt(C, H * W, K)(f)
     assert z.shape == (B, 32) and logits.shape == (B, K)
     torch.testing.assert_close(z.sum(1), torch.ones(B))  # softmax
-    assert mintad.LabelPrompt(C, H * W, K)(f, torch.tensor([0, 2]))[0].shape == (B, 32)
-    assert mintad.ImagePrompt(C, H * W, K)(f)[0].shape == (B, 32)
-    assert mintad.INRQuery(H * W)(z).shape == (B, H * W, 256)
-    assert mintad.MLPQuery(H * W)(z).shape == (B, H * W, 256)
+    assert mintad.INR()(torch.randn(H * W, 3), z).shape == (B, H * W, 256)
     f_, r, logits, (mu, log_sigma) = mintad.MINTAD(C, H, W, K)(f)
     assert f_.shape == r.shape == mu.shape == log_sigma.shape == f.shape
     assert mintad.anomaly_map(f_, r, H, W).shape == (B, H, W)
@@ -70,8 +67,8 @@ def test_table_12_to_15_layers():
     linear = lambda m: [(x.in_features, x.out_features) for x in m.modules() if isinstance(x, nn.Linear)]
     assert linear(model.prompt) == [(272, 256), (256, 256), (256, 32), (6272, 256), (256, 256), (256, 32), (32, 15)]
     assert linear(model.distribution) == [(256, 256), (256, 256), (256, 544)]
-    assert linear(model.inr.inr.modulation) == [(35, 256)] + [(256, 256)] * 4
-    assert linear(model.inr.inr.synthesis) == [(3, 256)] + [(256, 256)] * 4
+    assert linear(model.inr.modulation) == [(35, 256)] + [(256, 256)] * 4
+    assert linear(model.inr.synthesis) == [(3, 256)] + [(256, 256)] * 4
     assert len(model.transformer.encoder) == len(model.transformer.decoder) == 4
 
 
@@ -147,11 +144,13 @@ def test_reconstruction_error_cannot_collapse(prior):
 
 def test_checkpoint_of_another_version_is_refused():
     """The adapter of earlier versions had rows of length 1: its weights mean something else."""
-    model = mintad.MINTAD(4, 2, 2, 2)
-    tensors = model.state_dict()
+    backbone = Unshuffle()
+    settings = {key: mintad.PAPER.get(key) for key in mintad.SETTINGS}
+    state = {"name": "seed1", "settings": settings, "classes": ["a"], "model": None}
+    tensors = mintad.build(state, backbone).state_dict()
     tensors["adapter.weight"] = tensors.pop("adapter.W")
     with pytest.raises(mintad.data.DataError, match="seed1.pt .*adapter.W"):
-        mintad.fill(model, {"name": "seed1", "model": tensors})
+        mintad.build(state | {"model": tensors}, backbone)
 
 
 def test_learning_rate():
@@ -196,7 +195,7 @@ def test_attention_is_torchs():
     torch.manual_seed(0)
     ours, theirs = mintad.Attention(32, 4), nn.MultiheadAttention(32, 4, batch_first=True)
     ours.load_state_dict(theirs.state_dict())
-    ours.dropout.p = 0.0
+    ours.dropout = ours.drop.p = 0.0
     q, k, v, mask = *torch.randn(3, 2, 9, 32), mintad.neighbour_mask(3, 3, 1)
     expected = theirs(q, k, v, attn_mask=mask, need_weights=False)[0]
     for mode in (True, False):  # two paths
@@ -249,7 +248,7 @@ def uniad_reference(weights, f, H, W, L=2, heads=8):
 
 def test_uniad_is_the_authors_network():
     torch.manual_seed(0)
-    model = mintad.MINTAD(12, 8, 9, 3, query="layerwise", uniad=True, layers=2).eval()
+    model = mintad.UniAD(12, 8, 9, 3, layers=2).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     f = torch.randn(2, 72, 12)
@@ -267,12 +266,13 @@ def test_neighbour_mask_wants_room():
 @pytest.mark.parametrize("variant", [
     dict(query="mlp"), dict(query="learned"), dict(query="learned", adapter=False, cls_loss=False, prior_loss=False),
     dict(prompt="label"), dict(prompt="image"), dict(prior_loss=False), dict(cls_loss=False),
-    dict(uniad=True, query="layerwise"), dict(uniad=True, query="pool"), dict(uniad=True, query="token"),
-    dict(uniad=True, query="text", text=torch.randn(3, 7))], ids=str)
+    dict(uniad=True), dict(uniad=True, query="pool"), dict(uniad=True, query="token"),
+    dict(uniad=True, query="text", text=torch.ones(3, 7))], ids=str)
 def test_every_variant_learns(variant):
     """A few steps lower the reconstruction error, and every parameter gets a gradient."""
     torch.manual_seed(0)
-    model = mintad.MINTAD(10, 8, 8, 3, layers=2, **variant)
+    options = {key: value for key, value in variant.items() if key != "uniad"}
+    model = (mintad.UniAD if "uniad" in variant else mintad.MINTAD)(10, 8, 8, 3, layers=2, **options)
     f, label = torch.randn(3, 1, 10).repeat(2, 64, 1) + 3, torch.tensor([0, 1, 2, 0, 1, 2])
     optimizer, first = torch.optim.AdamW(model.parameters(), 1e-3), None
     for _ in range(8):
@@ -339,12 +339,12 @@ def test_uniad_gives_the_values_of_its_authors_code():
     """At full size, every tensor filled from its name; 64 values of each output, flat, as B x C x H x W."""
     golden = json.loads(Path(__file__).with_name("uniad_values.json").read_text())
     theirs = fill(golden["keys"])
-    model = mintad.MINTAD(272, 14, 14, 15, query="layerwise", uniad=True).eval()
+    model = mintad.UniAD(272, 14, 14, 15).eval()
     state = {ours: theirs.pop(authors_name(ours))
              for ours in model.state_dict() if ours.startswith("transformer.")}
     embeds = [theirs.pop(f"transformer.decoder.layers.{i}.learned_embed.weight") for i in range(4)]
     assert not theirs
-    model.load_state_dict(state | {"query": torch.stack(embeds)[None], "mean": model.mean, "std": model.std})
+    model.load_state_dict(state | {"query": torch.stack(embeds)[None]})
     image = torch.randn(2, 272, 14, 14, generator=torch.Generator().manual_seed(77))
     with torch.no_grad():
         f_, r, _, _ = model(image.flatten(2).transpose(1, 2))
@@ -425,7 +425,7 @@ def test_muon_learns_and_goes_on_bit_by_bit_after_an_interruption(tmp_path, monk
         train(model(), dict(fresh))
     state, resumed = mintad.read_state(tmp_path / "seed1.pt"), model()
     assert state["epoch"] == 3 and len(state["optimizer"]) == 2
-    mintad.fill(resumed, state)
+    resumed.load_state_dict(state["model"])
     train(resumed, state)
     for name, tensor in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name

@@ -89,9 +89,10 @@ def test_one_and_several_processes_and_nodes_agree(script, tmp_path):
             write(folder, script, SGD)
             running.append(subprocess.Popen(command(*args, nodes=count, processes=processes, rank=rank, port=port), cwd=folder,
                                             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        for process in running:
-            output = process.communicate(timeout=280)[0]
+        outputs = [process.communicate(timeout=280)[0] for process in running]
+        for process, output in zip(running, outputs):
             assert process.returncode == 0, output[-3000:]
+        assert "".join(outputs).count("epoch 1/1") == 1  # all but the first process are quiet
         if name != "one":
             assert_same(result(tmp_path / "one0"), result(tmp_path / f"{name}0"), LIMIT[script])
     assert not list((tmp_path / "nodes1").glob("out/seed*"))  # results are process 0's
