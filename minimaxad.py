@@ -410,6 +410,7 @@ class MiniMaxAD(nn.Module):
 
     arch: "minimax", or "rd" for Reverse Distillation, whose encoder is a timm ResNet (otherwise DataError).
     """
+    needs_label = False  # at test time
 
     def __init__(self, encoder, arch="minimax"):
         super().__init__()
@@ -633,8 +634,8 @@ class Inference(nn.Module):
         return image_score(anomaly_map(*maps, self.size, "bilinear"), self.score)
 
 def judge(model, args, classes, samples, images, device):
-    """Maps N x S x S, scores N of the images and None; nothing but None on all but the first process."""
-    return *infer(Inference(model, args), images, device), None
+    """Maps N x S x S and scores N of the images, on the first process; no class (-1) is predicted."""
+    return *infer(Inference(model, args), images, device), [-1] * len(images)
 
 def evaluate(model, state, test, images, masks, args, folder, device):
     """{row: metrics} of the test images of the model's classes; with --save-maps their pictures."""
@@ -838,31 +839,39 @@ def restore(state, device):
 
 # ---------------------------------------------------------------- a trained model's use
 
-def one_model(args):
-    """The state of the one model that --predict and --export use."""
+def one_model(args, device):
+    """The state and the model that --predict and --export use."""
     state, *others = load_run(args)
     if others or WORLD > 1:
         raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
-    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in state["classes"]):
-        known = ", ".join(state["classes"])
-        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {known}")
-    return state
+    return state, restore(state, device)
 
 def predict(args, device):
-    """Score, verdict and picture of the images --predict names; True if every image could be judged."""
-    state = one_model(args)
-    files, model, classes = data.find_images(args.predict), restore(state, device), state["classes"]
-    known = args.classes or (classes if len(classes) == 1 else [None])
+    """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
+    state, model = one_model(args, device)
+    classes = state["classes"]
+    asked = args.classes or (classes if len(classes) == 1 else [])
+    if len(asked) > 1 or not {*asked} <= {*classes} or model.needs_label and not asked:
+        raise data.DataError(f"--classes: this model takes one of {', '.join(classes)}")
+    files = data.find_images(args.predict)
 
     def look(images):
-        maps, scores, _ = judge(model, args, classes, [], images, device)
-        return maps, scores, known * len(images)
+        samples = [data.Sample("", 0, None, *(asked or [""]), "")] * len(images)
+        maps, scores, found = judge(model, args, classes, samples, images, device)
+        return maps, scores, asked or [classes[int(k)] if k >= 0 else None for k in found]
 
     folder = claim(args)
     return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
 
 def export(args):
-    write_program(Inference(restore(one_model(args), torch.device("cpu")), args), args)
+    """Write the network as a torch.export program, which loads without this project."""
+    (_, model), side = one_model(args, torch.device("cpu")), args.crop or args.size
+    inputs = torch.rand(2, 3, side, side), *[torch.zeros(2, dtype=torch.long)] * model.needs_label
+    program = torch.export.export(Inference(model, args), inputs,
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * len(inputs))
+    with data.atomic(args.export) as temporary:
+        torch.export.save(program, temporary)
+    log(f"{args.export}: image B x 3 x {side} x {side} in 0..1 -> map, score (mintad.py: and class)")
 
 def storage(model):
     """Size of the model's tensors in MiB."""
@@ -898,15 +907,6 @@ def bench(args, device):
     model.train().encoder = encoder.to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     log(f"training, batch {B}, {args.loss}: {1 / seconds(step):.3f} steps/s")
-
-def write_program(network, args, *labels):
-    """Write a torch.export program, which loads without this project."""
-    side = args.crop or args.size
-    program = torch.export.export(network.eval(), (torch.rand(2, 3, side, side), *labels), strict=False,
-                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * (1 + len(labels)))
-    with data.atomic(args.export) as temporary:
-        torch.export.save(program, temporary)
-    log(f"{args.export}: image B x 3 x {side} x {side} in 0..1 -> map, score (mintad.py: and class)")
 
 def seconds(function):
     """Median time of function(), which must wait for the device; the first call is not counted."""

@@ -756,15 +756,39 @@ def restore(state, device):
 
 # ---------------------------------------------------------------- a trained model's use
 
-def one_model(args):
-    """The state of the one model that --predict and --export use."""
+def one_model(args, device):
+    """The state and the model that --predict and --export use."""
     state, *others = load_run(args)
     if others or WORLD > 1:
         raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
-    if args.predict and args.classes and (len(args.classes) > 1 or args.classes[0] not in state["classes"]):
-        known = ", ".join(state["classes"])
-        raise data.DataError(f"--classes {' '.join(args.classes)}: with --predict one of {known}")
-    return state
+    return state, restore(state, device)
+
+def predict(args, device):
+    """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
+    state, model = one_model(args, device)
+    classes = state["classes"]
+    asked = args.classes or (classes if len(classes) == 1 else [])
+    if len(asked) > 1 or not {*asked} <= {*classes} or model.needs_label and not asked:
+        raise data.DataError(f"--classes: this model takes one of {', '.join(classes)}")
+    files = data.find_images(args.predict)
+
+    def look(images):
+        samples = [data.Sample("", 0, None, *(asked or [""]), "")] * len(images)
+        maps, scores, found = judge(model, args, classes, samples, images, device)
+        return maps, scores, asked or [classes[int(k)] if k >= 0 else None for k in found]
+
+    folder = claim(args)
+    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
+
+def export(args):
+    """Write the network as a torch.export program, which loads without this project."""
+    (_, model), side = one_model(args, torch.device("cpu")), args.crop or args.size
+    inputs = torch.rand(2, 3, side, side), *[torch.zeros(2, dtype=torch.long)] * model.needs_label
+    program = torch.export.export(Inference(model, args), inputs,
+                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * len(inputs))
+    with data.atomic(args.export) as temporary:
+        torch.export.save(program, temporary)
+    log(f"{args.export}: image B x 3 x {side} x {side} in 0..1 -> map, score (mintad.py: and class)")
 
 @torch.no_grad()
 def save_queries(path, model, samples, images, labels, device):
@@ -786,27 +810,6 @@ def save_queries(path, model, samples, images, labels, device):
     rows = {f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
             for i in range(0, len(pictures), 5)}
     metrics.sheet(rows, path)
-
-def predict(args, device):
-    """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
-    state = one_model(args)
-    files, model, classes = data.find_images(args.predict), restore(state, device), state["classes"]
-    if model.needs_label and not args.classes:
-        raise data.DataError("--classes: this model needs the class of the images, one of "
-                             + ", ".join(classes))
-
-    def look(images):
-        samples = [data.Sample("", 0, None, args.classes[0] if args.classes else "", "")] * len(images)
-        maps, scores, found = judge(model, args, classes, samples, images, device)
-        named = [classes[int(i)] if i >= 0 else None for i in found]
-        return maps, scores, args.classes or named
-
-    folder = claim(args)
-    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
-
-def export(args):
-    model = restore(one_model(args), torch.device("cpu"))
-    write_program(Inference(model, args), args, *[torch.zeros(2, dtype=torch.long)] * model.needs_label)
 
 def bench(args, device):
     """Table 6: parameters, multiply-adds, seconds per batch; training steps per second."""
@@ -841,15 +844,6 @@ def bench(args, device):
     f = torch.randn(B, backbone.H * backbone.W, backbone.C, device=device)
     log(f"training, batch {B}: {1 / seconds(step):.3f} steps/s")
     log(f"storage {sum(v.nbytes for v in model.state_dict().values()) / 2**20:.1f} MiB")
-
-def write_program(network, args, *labels):
-    """Write a torch.export program, which loads without this project."""
-    side = args.crop or args.size
-    program = torch.export.export(network.eval(), (torch.rand(2, 3, side, side), *labels), strict=False,
-                                  dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * (1 + len(labels)))
-    with data.atomic(args.export) as temporary:
-        torch.export.save(program, temporary)
-    log(f"{args.export}: image B x 3 x {side} x {side} in 0..1 -> map, score (mintad.py: and class)")
 
 def seconds(function):
     """Median time of function(), which must wait for the device; the first call is not counted."""
@@ -959,11 +953,12 @@ TABLES = {  # (set, unified?): first the columns, then the rows
 }
 # Tables 4, 5 and 8, MVTec AD unified: the settings that differ from MINT-AD's defaults.
 VARIANTS = """ i_auroc p_aupr
-    uniad,query=pool .976 .470   uniad,query=token .979 .470   uniad,query=text .977 .463
-    prompt=image .978 .465   prompt=label .980 .472   query=mlp .980 .498   query=learned .983 .502
-    query=learned,no-adapter,no-cls-loss,no-prior-loss .971 .447
-    query=learned,no-cls-loss,no-prior-loss .975 .445
-    query=learned,no-prior-loss .977 .465   no-prior-loss .981 .477"""
+    uniad=True,query=pool .976 .470   uniad=True,query=token .979 .470   uniad=True,query=text .977 .463
+    prompt=image,cls_loss=False .978 .465   prompt=label,cls_loss=False .980 .472
+    query=mlp,prior_loss=False .980 .498   query=learned .983 .502
+    query=learned,adapter=False,cls_loss=False,prior_loss=False .971 .447
+    query=learned,cls_loss=False,prior_loss=False .975 .445
+    query=learned,prior_loss=False .977 .465   prior_loss=False .981 .477"""
 TABLE_8 = """ i_auroc
     resnet18.tv_in1k .931   resnet34.tv_in1k .927   resnet50.tv_in1k .943   resnet101.tv_in1k .931
     tf_efficientnet_b0.aa_in1k .983   tf_efficientnet_b2.aa_in1k .964   tf_efficientnet_b6.aa_in1k .985"""
@@ -971,28 +966,20 @@ TABLE_6 = """the paper (b4, 224 x 224, its GPU): parameters, multiply-adds, seco
     MINT-AD  9.44 M  1.13 G  .026 .035 .057 .104 .194
     UniAD    6.27 M  0.92 G  .032 .068 .089 .146 .2305"""
 
-def variant(args):
-    """The flags of Tables 4 and 5 that differ from the defaults, in one word."""
-    flags = ["uniad"] if args.uniad else []
-    if args.query != ("layerwise" if args.uniad else "inr"):
-        flags.append(f"query={args.query}")
-    if args.prompt != "feature":
-        return ",".join([*flags, f"prompt={args.prompt}"])  # which has no classifier anyway
-    names = ("adapter", "cls_loss", "prior_loss") if args.query != "mlp" else ()
-    return ",".join(flags + [f"no-{name.replace('_', '-')}" for name in names if not getattr(args, name)])
-
 def paper_figures(args, found):
     """{row: {metric: the paper's figure}} for this set, setting, variant and backbone, {} if it gives none.
 
     found: our result's rows. A mean, and any row of a unified model, compares only over all their classes.
     """
-    rows, flags = read_table(TABLES.get((args.data, args.unified), "none")), variant(args)
+    rows = read_table(TABLES.get((args.data, args.unified), "none"))
+    keys = "uniad", "query", "prompt", "adapter", "cls_loss", "prior_loss"
+    flags = ",".join(f"{key}={getattr(args, key)}" for key in keys if getattr(args, key) != PAPER[key])
     complete = set(rows) - {"mean"} <= set(found)
     if args.size != PAPER["size"] or args.crop or args.literal or (
             args.unified and args.data != "cifar10" and not complete):
         return {}
     same = args.backbone == PAPER["backbone"]
-    if same and flags in ("", "uniad"):
+    if same and flags in ("", "uniad=True,query=layerwise"):
         method = "uniad:" if args.uniad else "mint:"
         return {row: {column.removeprefix(method): x for column, x in rows[row].items() if method in column}
                 for row in rows if row in found or row == "mean" and complete}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = {  # the method's
-    "Inference", "anomaly_map", "image_score", "train", "judge", "evaluate", "build_backbone", "build", "predict",
-    "export", "bench", "paper_figures", "parse"}
+    "Inference", "anomaly_map", "image_score", "train", "judge", "evaluate", "build_backbone", "build", "bench",
+    "paper_figures", "parse"}
 
 
 def functions(name):
