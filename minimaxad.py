@@ -50,6 +50,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
+from scipy import ndimage
+from timm.layers import LayerNorm2d, SEModule
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torch.nn.parallel import DistributedDataParallel
@@ -79,20 +81,11 @@ SETTINGS = [key for key in PAPER if key not in ("root", "seed")]  # a checkpoint
 
 # ---------------------------------------------------------------- layers
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of B x C x H x W."""
-
-    def __init__(self, channels, learned=True):
-        super().__init__(channels, eps=1e-6, elementwise_affine=learned)
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # B x C x H x W
-
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm with the global batch's training statistics, on a CPU too (torch's SyncBatchNorm: GPUs)."""
 
     def forward(self, x):
-        if not self.training or processes() == 1:
+        if not self.training or WORLD == 1:
             return super().forward(x)
         y = x.float()
         n = y.new_full((1,), y[:, 0].numel())
@@ -120,17 +113,6 @@ class GRN(nn.Module):
         n = g / (g.mean(-1, keepdim=True) + 1e-6)  # Eq. 5
         scale = self.gamma * n + 1
         return x * scale if self.beta is None else torch.addcmul(self.beta, x, scale)  # Eq. 6
-
-class SE(nn.Module):
-    """Squeeze and excitation."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.down = nn.Conv2d(channels, channels // 4, 1)
-        self.up = nn.Conv2d(channels // 4, channels, 1)
-
-    def forward(self, x):
-        return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 class Depthwise(nn.Conv2d):
     """Depthwise convolution. On a CPU not in bfloat16: torch's weight gradient, dilated, is wrong there."""
@@ -187,7 +169,7 @@ class Block(nn.Module):
         super().__init__()
         self.dwconv = DilatedReparam(channels) if kernel == 13 else Depthwise(channels, kernel)
         self.norm = BatchNorm(channels)
-        self.se = SE(channels)
+        self.se = SEModule(channels, rd_channels=channels // 4)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.grn = GRN(4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels, bias=False)
@@ -202,7 +184,7 @@ class Block(nn.Module):
         return torch.addcmul(x, self.norm2(y), self.gamma[:, None, None])
 
 class Residual(nn.Module):
-    """ResNet's block, basic or (width < out / 2) bottleneck; mode "down" halves the size, "up" doubles it."""
+    """ResNet's block, basic (width = out) or bottleneck; mode "down" halves the size, "up" doubles it."""
 
     def __init__(self, in_channels, width, out_channels, mode="same"):
         super().__init__()
@@ -225,7 +207,7 @@ def conv(in_channels, out_channels, kernel, mode="same"):
         return nn.ConvTranspose2d(in_channels, out_channels, 2, 2, bias=False)
     return nn.Conv2d(in_channels, out_channels, kernel, 2 if mode == "down" else 1, kernel // 2, bias=False)
 
-def conv_bn_relu(in_channels, out_channels):
+def halve(in_channels, out_channels):
     return nn.Sequential(conv(in_channels, out_channels, 3, "down"), BatchNorm(out_channels), nn.ReLU())
 
 def fold(layer, bn):
@@ -254,7 +236,7 @@ def fuse(model):
             if linear and type(bn) in (nn.BatchNorm2d, BatchNorm):
                 setattr(parent, name, fold(layer, bn))
                 setattr(parent, bn_name, nn.Identity())
-        if isinstance(parent, Block) and parent.grn.beta is not None:
+        if isinstance(parent, Block) and parent.grn.beta is not None:  # fold() gave pwconv2 a bias
             parent.pwconv2.bias.data += parent.pwconv2.weight @ parent.grn.beta.flatten()
             parent.grn.beta = None
     return model.requires_grad_(False)
@@ -280,14 +262,14 @@ class UniRepLKNet(nn.Module):
         c, *self.kernels = UNIREPLKNET[name]
         self.channels = [c, 2 * c, 4 * c]
         self.downsample_layers = nn.ModuleList([
-            nn.Sequential(nn.Conv2d(3, c // 2, 3, 2, 1), LayerNorm(c // 2), nn.GELU(),
-                          nn.Conv2d(c // 2, c, 3, 2, 1), LayerNorm(c)),
-            nn.Sequential(nn.Conv2d(c, 2 * c, 3, 2, 1), LayerNorm(2 * c)),
-            nn.Sequential(nn.Conv2d(2 * c, 4 * c, 3, 2, 1), LayerNorm(4 * c)),
+            nn.Sequential(nn.Conv2d(3, c // 2, 3, 2, 1), LayerNorm2d(c // 2), nn.GELU(),
+                          nn.Conv2d(c // 2, c, 3, 2, 1), LayerNorm2d(c)),
+            nn.Sequential(nn.Conv2d(c, 2 * c, 3, 2, 1), LayerNorm2d(2 * c)),
+            nn.Sequential(nn.Conv2d(2 * c, 4 * c, 3, 2, 1), LayerNorm2d(4 * c)),
         ])
         self.stages = nn.ModuleList(map(stage, self.channels, self.kernels))
         # The authors' norm0..2 are not in the ImageNet checkpoint and not trained: weight 1, bias 0.
-        self.norms = nn.ModuleList(LayerNorm(channels, learned=False) for channels in self.channels)
+        self.norms = nn.ModuleList(LayerNorm2d(channels, affine=False) for channels in self.channels)
 
     def forward(self, image):
         x, maps = layout(image), []
@@ -342,7 +324,8 @@ def load_encoder(name, weights):
 
 def authors_key(key):
     """A tensor's name in the authors' UniRepLKNet files."""
-    names = {"pwconv1": "pwconv1.1", "grn": "act.1", "pwconv2": "pwconv2.0", "norm2": "pwconv2.2"}
+    names = {"pwconv1": "pwconv1.1", "grn": "act.1", "pwconv2": "pwconv2.0", "norm2": "pwconv2.2",
+             "se.fc1": "se.down", "se.fc2": "se.up"}
     for ours, theirs in names.items():
         key = key.replace(f".{ours}.", f".{theirs}.")
     return key
@@ -353,8 +336,8 @@ class Bottleneck(nn.Module):
     def __init__(self, channels, compress):
         super().__init__()
         c1, c2, c3 = channels
-        self.from1 = nn.Sequential(*conv_bn_relu(c1, c2), *conv_bn_relu(c2, c3))
-        self.from2 = nn.Sequential(*conv_bn_relu(c2, c3))
+        self.from1 = nn.Sequential(*halve(c1, c2), *halve(c2, c3))
+        self.from2 = nn.Sequential(*halve(c2, c3))
         self.compress = compress
 
     def forward(self, maps):
@@ -382,7 +365,7 @@ def minimax(encoder):
     compress = nn.Sequential(conv(3 * widths[2], channels, 3, "down"), stage(channels, [3, 3]))
     for width, kernels in zip(widths[::-1], encoder.kernels[::-1]):
         up = conv(channels, width, 2, "up")
-        stages.append(nn.Sequential(up, LayerNorm(width), stage(width, kernels)))
+        stages.append(nn.Sequential(up, LayerNorm2d(width), stage(width, kernels)))
         channels = width
     return Bottleneck(widths, compress), Decoder(stages)
 
@@ -432,29 +415,26 @@ class MiniMaxAD(nn.Module):
 
 # ---------------------------------------------------------------- losses
 #
-# Every loss is this process's part of the loss of the global batch, which may be split unevenly: the parts,
-# and so their gradients, add up to what one process gets for the whole batch.
-
-def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
+# Every loss is this process's part of the loss of the global batch, which may be split unevenly, with nothing
+# for some: the parts, and so their gradients, add up to what one process gets for the whole batch.
 
 def total_size(size):
     """Sum of a number over the processes; on the CPU, so that a GPU need not be waited for."""
-    return size if processes() == 1 else int(total(torch.tensor(size)))
+    return size if WORLD == 1 else int(total(torch.tensor(size)))
 
 def quantile(x, p):
     """p-quantile of the elements of x over all processes, interpolated linearly as torch.quantile does.
 
-    Exact for any number of elements (torch.quantile before 2.15: up to 2^24) and fast for p near 1.
+    Exact for any number of elements, which torch.quantile limits, and fast for p near 1.
     """
     x = x.detach().flatten()
     n = total_size(x.numel())
     rank = p * (n - 1)
     k = n - int(rank)  # the k largest end at the element just below the rank
     top = x.topk(min(k, x.numel())).values
-    if processes() > 1:  # the k largest of all are among the k largest of each
+    if WORLD > 1:  # the k largest of all are among the k largest of each
         top = F.pad(top, (0, k - top.numel()), value=-math.inf)
-        parts = [torch.empty_like(top) for _ in range(processes())]
+        parts = [torch.empty_like(top) for _ in range(WORLD)]
         dist.all_gather(parts, top)
         top = torch.cat(parts).topk(k).values
     below, above = top[k - 1], top[max(k - 2, 0)]
@@ -473,8 +453,8 @@ def adc_threshold(S, p_hard=0.9999, p_lim=0.9995):
     beta = quantile(S.square(), p_lim)
     sigma2 = variance(S)
     A = total((S.square() >= alpha - sigma2).sum())
-    N = total_size(S.numel()) * (1 - p_lim)
-    return torch.where((A >= N) & (A > 0), alpha, beta) - sigma2  # p_lim 1 makes N 0
+    N = max(1, total_size(S.numel()) * (1 - p_lim))  # with p_lim = 1 no pixel would do
+    return torch.where(A >= N, alpha, beta) - sigma2
 
 def mined_mean(S, threshold):
     """Mean of S^2 over the pixels with S^2 >= threshold, and their number in the global batch (Figure 4a)."""
@@ -500,7 +480,7 @@ def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0
         pixels = total_size(len(encoder_maps[0])) * size**2
         return global_loss(encoder_maps, decoder_maps), encoder_maps[0].new_tensor(pixels)
     S = anomaly_map(encoder_maps, decoder_maps, size, "nearest")
-    threshold = 0  # Eq. 7, "local", the successor of Eq. 1, which takes M on each scale
+    threshold = 0  # Eq. 7, "local": all pixels. (Eq. 1, the mean of M on each scale, is its predecessor.)
     if name == "local-hm":
         threshold = quantile(S.square(), p_lim)  # Eq. 9
     elif name == "adc":
@@ -527,18 +507,10 @@ def anomaly_map(encoder_maps, decoder_maps, size, mode):
 
 def gaussian_blur(S, radius, mirror, sigma=4.0):
     """B x H x W convolved with a Gaussian cut off at radius; the border zero or mirrored (c b a | a b c)."""
-    offsets = torch.arange(-radius, radius + 1, device=S.device)
-    weights = torch.softmax(-0.5 * (offsets / sigma) ** 2, 0)
-    matrices = []
-    for length in S.shape[1:]:
-        position = torch.arange(length, device=S.device)[:, None] + offsets  # length x (2 radius + 1)
-        inside = torch.full_like(position, mirror, dtype=torch.bool) | (position >= 0) & (position < length)
-        position = position % (2 * length)
-        position = torch.minimum(position, 2 * length - 1 - position)
-        matrix = torch.zeros(length, length, dtype=S.dtype, device=S.device)
-        matrices.append(matrix.scatter_add(1, position, (weights * inside).to(S.dtype)))
-    rows, columns = matrices
-    return rows @ S @ columns.T
+    mode = "reflect" if mirror else "constant"
+    rows, columns = (ndimage.gaussian_filter1d(np.eye(length), sigma, 0, mode=mode, radius=radius)
+                     for length in S.shape[1:])
+    return S.new_tensor(rows) @ S @ S.new_tensor(columns).T
 
 def image_score(S, score="max"):
     """The blurred map, B x H x W, and the image scores, B. score:
@@ -640,9 +612,11 @@ def judge(model, args, classes, samples, images, device):
 def evaluate(model, state, test, images, masks, args, folder, device):
     """{row: metrics} of the test images of the model's classes; with --save-maps their pictures."""
     index = [i for i, sample in enumerate(test) if args.data == "cifar10" or sample.cls in state["classes"]]
+    if not index:
+        return {}
     samples, images, masks = [test[i] for i in index], images[index], masks[index]
-    maps, scores, _ = judge(model, args, state["classes"], samples, images, device) if index else [None] * 3
-    if RANK or not index:
+    maps, scores, _ = judge(model, args, state["classes"], samples, images, device)
+    if RANK:
         return {}
     if args.save_maps:
         pictures = folder / "maps" / f"seed{state['seed']}"
@@ -651,6 +625,8 @@ def evaluate(model, state, test, images, masks, args, folder, device):
 
 # ---------------------------------------------------------------- a run and its files
 
+# What a checkpoint holds: model and optimizer after an epoch, names and sizes of the training images, and when
+# the training is finished what normal images look like to the model (metrics.calibrate).
 STATE = ("name", "settings", "root", "images", "seed", "classes", "epoch", "model", "optimizer", "normal")
 
 def train_run(args, device):
@@ -893,7 +869,9 @@ def bench(args, device):
         return anomaly_map(*network(x), size, "bilinear").cpu()
 
     def step():
-        loss, _ = training_loss(args.loss, *model(x), size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            maps = model(x)
+        loss, _ = training_loss(args.loss, *maps, size)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -1098,7 +1076,7 @@ def new_parser(description, defaults):
     add("--workers", type=int, help="decoding threads (default: all cores)")
     add = parser.add_argument_group("training").add_argument
     add("--backbone", metavar="NAME", help="any timm CNN; minimaxad.py: also unireplknet_a, _f, _p, _n, _t")
-    add("--weights", metavar="FILE|none", help="its checkpoint (default: timm's download); none: untrained")
+    add("--weights", metavar="FILE|none", help="its checkpoint (default: timm's, if any); none: untrained")
     add("--epochs", type=int)
     add("--batch-size", type=int, help="global: split over the processes")
     add("--lr", type=float, help="learning rate")
@@ -1138,8 +1116,9 @@ def check(parser, args):
 
 def parse(argv=None):
     """The arguments; what the user left out comes from the preset, or with --eval from the checkpoint."""
-    presets = [f"{name}{' unified' * unified}: {show(found)}" for (name, unified), found in PRESETS.items()]
-    defaults = "; ".join([show(PAPER), *presets])
+    presets = {f"{name}{' unified' * unified}": found for (name, unified), found in PRESETS.items()}
+    presets |= {"toy": TOY, "--arch rd": RD}
+    defaults = "; ".join([show(PAPER), *(f"{name}: {show(found)}" for name, found in presets.items())])
     parser = new_parser("MiniMaxAD (arXiv 2405.09933): train, evaluate, predict.", defaults)
     add = parser.add_argument_group("MiniMaxAD").add_argument
     add("--loss", choices=("local", "local-hm", "global", "adc"), help="adc: MiniMaxAD-fr, global: -fp")

@@ -26,8 +26,8 @@ Details of the implementation and where each comes from:
  4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9); its start is ours.
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers,
     learned row and column positions added to queries and keys, jitter on the input tokens.
- 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. What exceeds the
-    paper's rate is warmed up to; so is Muon's, which is ours.
+ 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. An --lr above the
+    paper's is warmed up to. --optimizer muon is ours.
  7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit by bit.
 """
 import argparse
@@ -134,7 +134,7 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 class Transformer(nn.Module):
-    """Tokens B x P x C reconstructed from themselves and a query per decoder layer (Sec. 3.2, Table 15)."""
+    """Tokens B x P x C reconstructed from themselves and the decoder layers' queries (Sec. 3.2, Table 15)."""
 
     def __init__(self, C, H, W, D=256, heads=8, hidden=1024, layers=4):
         super().__init__()
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
 
         The token goes along and is cut off: with it the queries and the mask have P + 1 positions.
         """
-        if self.training and JITTER:  # UniAD: noise in proportion to each token's length
+        if self.training:  # UniAD: noise in proportion to each token's length
             f = f + torch.randn_like(f) * (f.norm(dim=-1, keepdim=True) * JITTER / f.shape[-1])
         x = self.input_proj(f)  # B x P x D
         H, W = self.row_embed.num_embeddings, self.col_embed.num_embeddings
@@ -178,19 +178,6 @@ def neighbour_mask(H, W, window=7):
         raise data.DataError(f"--size: a {H} x {W} feature map lies wholly inside UniAD's "
                              f"{window} x {window} neighbour mask; take a larger --size")
     return mask
-
-class Adapter(nn.Module):
-    """f' = W f + b (Sec. 3.2), W from the identity."""
-
-    def __init__(self, C):
-        super().__init__()
-        self.W, self.b = nn.Parameter(torch.eye(C)), nn.Parameter(torch.zeros(C))
-
-    def forward(self, f):  # B x P x C
-        return F.linear(f, self.W, self.b)
-
-    def log_det(self):  # log |det W|
-        return torch.linalg.slogdet(self.W.float())[1]
 
 class FeaturePrompt(nn.Module):
     """The classifier's token before its head (Sec. 3.3, Table 12); logits B x K are the argument of Eq. 1."""
@@ -225,19 +212,20 @@ class INR(nn.Module):
         self.synthesis = nn.ModuleList(nn.Linear(D if i else E, D) for i in range(layers))
         self.output = nn.Linear(D, D)
         # SIREN's initialisation (its Sec. 3.2), omega_0 inside the weights. The last, linear layer keeps the
-        # hidden layers' bound, so that q starts at the scale of a learned query. At torch's default its
-        # deviation is 0.04, the same at every position; after training 5 to 7, too large to hear the memory.
+        # hidden layers' bound, so that q starts at the scale of a learned query.
         for i, layer in enumerate([*self.synthesis, self.output]):
             bound = math.sqrt(6 / D) if i else omega / E
             nn.init.uniform_(layer.weight, -bound, bound)
-        for i, layer in enumerate(self.modulation):  # Kaiming; the first input is p and a softmax, |z| <= 1
+        # Kaiming's; the first layer's input is p and a softmax, |z| <= 1. At torch's default q starts with a
+        # deviation of 0.04, the same at every position.
+        for i, layer in enumerate(self.modulation):
             nn.init.normal_(layer.weight, std=math.sqrt(2 / (D if i else E + 1)))
             nn.init.zeros_(layer.bias)
 
     def forward(self, p, z):
         B, P = z.shape[0], p.shape[0]
         h = torch.cat([z.unsqueeze(1).expand(B, P, -1), p.expand(B, P, -1)], -1)  # B x P x (Z + E)
-        with torch.autocast(p.device.type, enabled=False):  # bfloat16 would blur the sine of 100
+        with torch.autocast(p.device.type, enabled=False):  # omega is in here: bfloat16 would blur the sine
             x = torch.sin(self.synthesis[0](p))  # P x D
         h = F.relu(self.modulation[0](h))
         x = x * h  # B x P x D
@@ -296,8 +284,11 @@ class MINTAD(nn.Module):
         self.transformer = Transformer(C, H, W, D, layers=layers)
         self.register_buffer("mean", torch.zeros(C))
         self.register_buffer("std", torch.ones(C))
-        self.adapter = Adapter(C) if adapter else None
-        self.prompt = self.inr = self.query = self.distribution = None
+        self.adapter = self.prompt = self.inr = self.query = self.distribution = None
+        if adapter:  # f' = W f + b (Sec. 3.2), W from the identity
+            self.adapter = nn.utils.skip_init(nn.Linear, C, C)
+            nn.init.eye_(self.adapter.weight)
+            nn.init.zeros_(self.adapter.bias)
         if prompt != "feature":
             self.prompt = nn.Linear(K if prompt == "label" else C, Z)
         elif query != "learned" or cls_loss or prior_loss:  # or nothing uses z
@@ -417,14 +408,14 @@ def objective(model, outputs, label, literal=False):
     logged = {"mse": F.mse_loss(r, f_)}  # Eq. 5
     det = ce = prior = 0
     if model.adapter and not literal:
-        det = logged["det"] = -model.adapter.log_det() / f_.shape[-1]
+        det = logged["det"] = -torch.linalg.slogdet(model.adapter.weight)[1] / f_.shape[-1]
     if logits is not None:
         ce = logged["ce"] = F.cross_entropy(logits.float(), label)  # Eq. 1
         logged["accuracy"] = (logits.argmax(1) == label).float().mean()
     if gaussian:
         mu, log_sigma = gaussian
         nll = 0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)
-        prior = logged["prior"] = nll.mean() + det  # Eq. 4, of the original features by Eq. 3
+        prior = logged["prior"] = nll.mean() + det  # Eq. 2 and 4, of the original features by Eq. 3
     mse = logged["mse"] + 2 * 0.5**2 * det  # the likelihood of the original features, s = 1/2
     return mse + LAMBDA_CE * ce + LAMBDA_PRIOR * prior, logged | {"std f'": f_.detach().std()}  # Eq. 6
 
@@ -514,10 +505,10 @@ def train(model, state, samples, images, index, folder, device):
         for step, batch in enumerate(batches, epoch * steps):
             part = batch[RANK::WORLD]  # each process takes its share of the same global batch
             share = len(part) / len(batch)
-            part = part if len(part) else batch[:1]  # none in it: an image that counts 0 times
+            part = part if len(part) else batch[:1]  # no image is left for it: it computes one of weight 0
             f, label = features[part].to(device).float(), labels[part].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                outputs = parallel(f, label)
+                outputs = parallel(f, label)  # the model's, with the gradients' sum over the processes
             loss, logged = objective(model, outputs, label, s.literal)
             for optimizer, factor in optimizer_list:
                 for group in optimizer.param_groups:
@@ -566,9 +557,11 @@ def judge(model, args, classes, samples, images, device):
 def evaluate(model, state, test, images, masks, args, folder, device):
     """{row: metrics} of the test images of the model's classes; with --save-maps pictures, and Fig. 4c's."""
     index = [i for i, sample in enumerate(test) if args.data == "cifar10" or sample.cls in state["classes"]]
+    if not index:
+        return {}
     samples, images, masks = [test[i] for i in index], images[index], masks[index]
-    maps, scores, _ = judge(model, args, state["classes"], samples, images, device) if index else [None] * 3
-    if RANK or not index:
+    maps, scores, _ = judge(model, args, state["classes"], samples, images, device)
+    if RANK:
         return {}
     if args.save_maps:
         pictures = folder / "maps" / f"seed{state['seed']}"
@@ -579,6 +572,8 @@ def evaluate(model, state, test, images, masks, args, folder, device):
 
 # ---------------------------------------------------------------- a run and its files
 
+# What a checkpoint holds: model and optimizer after an epoch, names and sizes of the training images, and when
+# the training is finished what normal images look like to the model (metrics.calibrate).
 STATE = ("name", "settings", "root", "images", "seed", "classes", "epoch", "model", "optimizer", "normal")
 
 def train_run(args, device):
@@ -825,7 +820,9 @@ def bench(args, device):
         return network(image, label[:B])[1].cpu()
 
     def step():
-        loss, _ = objective(model, model(f, label[:B]), label[:B])
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            outputs = model(f, label[:B])
+        loss, _ = objective(model, outputs, label[:B])
         loss.backward()
         for optimizer, _ in steppers:
             optimizer.step()
@@ -1026,7 +1023,7 @@ def new_parser(description, defaults):
     add("--workers", type=int, help="decoding threads (default: all cores)")
     add = parser.add_argument_group("training").add_argument
     add("--backbone", metavar="NAME", help="any timm CNN; minimaxad.py: also unireplknet_a, _f, _p, _n, _t")
-    add("--weights", metavar="FILE|none", help="its checkpoint (default: timm's download); none: untrained")
+    add("--weights", metavar="FILE|none", help="its checkpoint (default: timm's, if any); none: untrained")
     add("--epochs", type=int)
     add("--batch-size", type=int, help="global: split over the processes")
     add("--lr", type=float, help="learning rate")

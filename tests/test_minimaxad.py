@@ -241,6 +241,7 @@ def batchnorm_results(images):
 
 def process(rank, folder):
     torch.set_num_threads(1)
+    minimaxad.RANK, minimaxad.WORLD = rank, 2
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     shards = {"uneven": [[0, 1, 2], [3, 4]], "empty": [[0, 1, 2, 3, 4], []]}
     results = {(split, case): loss_and_gradients(case, images[rank])

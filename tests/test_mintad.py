@@ -77,7 +77,7 @@ def test_loss_weights():
     torch.manual_seed(0)
     model, f, label = mintad.MINTAD(4, 2, 2, 2).eval(), torch.randn(3, 4, 4), torch.tensor([0, 1, 0])
     with torch.no_grad():
-        model.adapter.W += 0.1 * torch.randn(4, 4)
+        model.adapter.weight += 0.1 * torch.randn(4, 4)
         loss, logged = mintad.objective(model, model(f, label), label)
         literal, printed = mintad.objective(model, model(f, label), label, literal=True)
         expected = logged["mse"] + logged["ce"] + 0.1 * logged["prior"] + 0.5 * logged["det"]  # s = 1/2
@@ -109,10 +109,10 @@ def test_prior_is_the_likelihood_of_the_original_features():
     C = 4
     model = mintad.MINTAD(C, 2, 2, 2).eval()
     with torch.no_grad():
-        model.adapter.W.copy_(torch.randn(C, C))
+        model.adapter.weight.copy_(torch.randn(C, C))
     f, label = torch.randn(3, 4, C), torch.tensor([0, 1, 0])
     f_, _, _, (mu, log_sigma) = model(f)
-    W = model.adapter.W
+    W = model.adapter.weight
     torch.testing.assert_close(f_, f @ W.T)
     gaussian = torch.distributions.Normal(mu, log_sigma.exp()).log_prob(f_).sum(-1)  # B x P
     expected = -(gaussian + torch.linalg.slogdet(W)[1]).mean() / C
@@ -128,7 +128,7 @@ def test_reconstruction_error_cannot_collapse(prior):
         nn.init.zeros_(p)
     f = torch.randn(20, 4, 4) @ torch.randn(4, 4)
     f -= f.mean((0, 1))
-    optimizer = torch.optim.LBFGS([model.adapter.W], 1, 60, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([model.adapter.weight], 1, 60, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -143,13 +143,12 @@ def test_reconstruction_error_cannot_collapse(prior):
 
 
 def test_checkpoint_of_another_version_is_refused():
-    """The adapter of earlier versions had rows of length 1: its weights mean something else."""
     backbone = Unshuffle()
     settings = {key: mintad.PAPER.get(key) for key in mintad.SETTINGS}
     state = {"name": "seed1", "settings": settings, "classes": ["a"], "model": None}
     tensors = mintad.build(state, backbone).state_dict()
-    tensors["adapter.weight"] = tensors.pop("adapter.W")
-    with pytest.raises(mintad.data.DataError, match="seed1.pt .*adapter.W"):
+    tensors["adapter.W"] = tensors.pop("adapter.weight")
+    with pytest.raises(mintad.data.DataError, match="seed1.pt .*adapter.weight"):
         mintad.build(state | {"model": tensors}, backbone)
 
 
