@@ -139,7 +139,7 @@ def over_seeds(results):
             "std": reduce(stdev, [run["mean"] for run in runs], least=2)}
 
 def table(result, paper=None):
-    """The result as text: a line per row and their mean, three decimals, `-` where undefined, `±` over seeds.
+    """The result as text: a line per row and their mean, three decimals, `-` if undefined, `±` over seeds.
 
     Joined sets (rows as mvtec/bottle) have a mean each, too.
     paper: {row or "mean": {metric: the paper's figure}}; such a metric gets a column "paper" beside it.

@@ -572,8 +572,8 @@ def evaluate(model, state, test, images, masks, args, folder, device):
 
 # ---------------------------------------------------------------- a run and its files
 
-# What a checkpoint holds: model and optimizer after an epoch, names and sizes of the training images, and when
-# the training is finished what normal images look like to the model (metrics.calibrate).
+# What a checkpoint holds: model and optimizer after an epoch, names and sizes of the training images, and at
+# the end what normal images look like to the model (metrics.calibrate).
 STATE = ("name", "settings", "root", "images", "seed", "classes", "epoch", "model", "optimizer", "normal")
 
 def train_run(args, device):
