@@ -85,9 +85,9 @@ def test_eval_reproduces_to_the_last_digit(script, run, tmp_path):
 
 
 def test_resume_after_kills_is_bit_identical(script, run, tmp_path):
-    """Killed while the first checkpoint is being written, and again when the second is due."""
+    """Killed while a checkpoint is being written: mintad.py the first and then the second, minimaxad.py the second."""
     out = tmp_path / "b"
-    for epoch in (1, 2):
+    for epoch in (1, 2) if script == "mintad" else (2,):
         process = subprocess.Popen([sys.executable, SCRIPTS[script].__file__, *toy(script), "--out", str(out), "--resume"],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
         while process.poll() is None and f"epoch {epoch}/3: " not in (
