@@ -77,7 +77,7 @@ def test_files_of_a_run(run):
 
 
 def test_eval_reproduces_to_the_last_digit(script, run, tmp_path):
-    succeed(command(script, "--eval", run, "--out", tmp_path / "e", "--save-maps"))
+    succeed(inside(script, "--eval", run, "--out", tmp_path / "e", "--save-maps"))
     assert (tmp_path / "e/metrics.json").read_bytes() == (run / "metrics.json").read_bytes()
     assert len(list((tmp_path / "e/maps/seed1/pill").glob("*.png"))) == 22
     assert (tmp_path / "e/maps/seed1/pill.png").exists()
@@ -96,7 +96,7 @@ def test_resume_after_kills_is_bit_identical(script, run, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (out / "metrics.json").exists()
-    succeed(command(script, *toy(script), "--out", out, "--resume"))
+    succeed(inside(script, *toy(script), "--out", out, "--resume"))
     assert not list(out.glob(".partial*"))  # what the killed processes were writing
     a, b = (torch.load(x / "seed1.pt", weights_only=True) for x in (run, out))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
