@@ -290,7 +290,8 @@ class TimmEncoder(nn.Module):
             self.net = timm.create_model(name, features_only=True, out_indices=[index[s] for s in (4, 8, 16)])
             self.kernels, self.channels = UNIREPLKNET["unireplknet_n"][1:], self.net.feature_info.channels()
             shape = self.net.eval()(torch.zeros(1, 3, 64, 64))[0].shape
-            assert shape == (1, self.channels[0], 16, 16), f"its features are {tuple(shape)}"
+            if shape != (1, self.channels[0], 16, 16):
+                raise ValueError(f"its features are {tuple(shape)}")
 
     def forward(self, image):
         return self.net(layout(image))

@@ -250,8 +250,8 @@ class Backbone(nn.Module):
             self.net = timm.create_model(name, features_only=True, out_indices=index)
             self.net.eval().requires_grad_(False)
             info, shapes = self.net.feature_info, [x.shape for x in self.net(torch.zeros(1, 3, size, size))]
-            fits = 16 in info.reduction() and [shape[1] for shape in shapes] == info.channels()
-            assert fits, f"its features are {list(map(tuple, shapes))}"
+            if 16 not in info.reduction() or [shape[1] for shape in shapes] != info.channels():
+                raise ValueError(f"its features are {list(map(tuple, shapes))}")
         if hasattr(self.net, "blocks"):  # timm's EfficientNets would compute stages beyond the last level too
             del self.net.blocks[int(info.module_name()[-1].split(".")[1]) + 1:]
         load_weights(self.net, name, weights)
