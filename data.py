@@ -6,6 +6,7 @@
 A set is one short function below and one line of SETS. Label 1 means defective and comes from the folder or
 the csv, never from the mask: a defect that resizing removes from the mask still makes a defective image.
 """
+import argparse
 import contextlib
 import csv
 import difflib
@@ -13,6 +14,7 @@ import glob
 import hashlib
 import os
 import re
+import sys
 import zlib
 from collections import Counter, namedtuple
 from functools import lru_cache, partial
@@ -21,8 +23,13 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+import safetensors.torch
+import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun; process 0 speaks and writes
+LOG = []                               # the run's log.txt, once claim() has opened it
 
 class DataError(Exception):
     """One line for the user: what is wrong, with which file or option, and what to do."""
@@ -44,6 +51,16 @@ def explain(text, *errors, hint=""):
     except errors or Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError("; ".join(filter(None, [f"{text}: {reason[:200]}", hint]))) from None
+
+def log(text):
+    """A line to the screen and to the run's log.txt, by process 0 alone."""
+    for file in (sys.stdout, *LOG) if RANK == 0 else ():
+        tqdm.write(text.encode(errors="backslashreplace").decode(), file)     # a name need not be UTF-8
+        file.flush()
+
+def progress(iterable, name, count=None):
+    """A bar in a terminal, after a second, and nothing in a file."""
+    return tqdm(iterable, name, count, leave=False, disable=RANK > 0 or None, delay=1, dynamic_ncols=True)
 
 class Sample(NamedTuple):
     image: str        # path; "cifar10:ROOT/SPLIT#INDEX"; "toy:CLASS/SPLIT/DEFECT/INDEX"
@@ -88,9 +105,6 @@ def entries(folder, follow=True):
 def subfolders(root):
     return [name for name, is_folder in entries(root) if is_folder]
 
-def is_image(path):
-    return Path(path).suffix.lower() in SUFFIXES
-
 def natural(name):
     return [int(part) if i % 2 else part.casefold() for i, part in enumerate(re.split(r"(\d+)", name))], name
 
@@ -102,7 +116,7 @@ def mvtec(root, cls, files, good="good", domains=False):
     """CLASS/{train/good,test/good,test/DEFECT,ground_truth/DEFECT}/**, the folders in any case.
     domains: the folders below good and DEFECT are rows of the table."""
     images = {path: [part.casefold() for part in Path(path).relative_to(root / cls).parts[:-1]]
-              for path in files if is_image(path)}
+              for path in files if Path(path).suffix.lower() in SUFFIXES}
     beside = {os.path.splitext(path)[0] + "_mask" for path in images}     # masks may lie beside images
     masks = {}
     for path, folders in images.items():
@@ -200,9 +214,8 @@ SETS = {
     "folder": Set(mvtec, "ROOT/CLASS/{train/good,test/good,test/DEFECT,ground_truth/DEFECT}", masks=False),
     "toy": Set(toy, "data.py"),
 }
-NAMES = list(SETS)
 
-def load(names, root=None, classes=None, normals="01234", log=print):
+def load(names, root=None, classes=None, normals="01234", log=log):
     """Lists the images of a set, or of several joined by "+", whose classes are then called "set/class".
 
     root: where the set lies, default data/NAME; of joined sets what holds a folder per set, default data.
@@ -210,11 +223,10 @@ def load(names, root=None, classes=None, normals="01234", log=print):
     class and per warning ("warning: .."). train or test may be empty. Raises DataError.
     """
     parts, found = names.split("+"), []
-    for name in parts:
-        if name not in SETS:
-            raise DataError(f"--data {names}: unknown set '{name}'{nearest(name, NAMES)}")
-        if parts.count(name) > 1:
-            raise DataError(f"--data {names}: a set is named twice")
+    for name in set(parts) - set(SETS):
+        raise DataError(f"--data {names}: unknown set '{name}'{nearest(name, SETS)}")
+    if len(set(parts)) < len(parts):
+        raise DataError(f"--data {names}: a set is named twice")
     for name in parts:
         prefix = f"{name}/" * (len(parts) > 1)
         folder = Path(root or "data", name) if prefix or not root else Path(root)
@@ -223,9 +235,8 @@ def load(names, root=None, classes=None, normals="01234", log=print):
         except DataError as error:
             raise DataError(f"{name}: {error}; see {SETS[name].source}") from None
     known, *lists = (sum(each, []) for each in zip(*found))
-    for cls in classes or ():
-        if cls not in known:
-            raise DataError(f"--classes {cls}: no such class{nearest(cls, known)}")
+    for cls in set(classes or ()) - set(known):
+        raise DataError(f"--classes {cls}: no such class{nearest(cls, known)}")
     return Dataset(names, *lists)
 
 def load_one(name, root, classes, normals, prefix, log):
@@ -272,9 +283,7 @@ def load_one(name, root, classes, normals, prefix, log):
     chosen = [cls for cls in chosen if cls not in untrained]
     have = len(chosen), len(train), sum(not s.label for s in test), sum(s.label for s in test)
     if not classes and kind.counts and not any(have[:len(count)] == count for count in kind.counts):
-        words = "classes", "train", "good", "defective"
-        had, full = (", ".join(map("{} {}".format, numbers, words)) for numbers in (have, kind.counts[0]))
-        log(printable(f"warning: {name} in {root} has {had} images; a full copy has {full}"))
+        log(f"warning: {name}: classes, train, good, defective {have}; a full copy {kind.counts[0]}")
     return [prefix + cls for cls in found], [prefix + cls for cls in chosen], train, test
 
 def locate(name, root):
@@ -301,9 +310,9 @@ def nearest(name, known):
 
 def hold_out(samples, share):
     """bool N: an even share of each class's samples, less than all, to be kept out of the training."""
-    held, classes = np.zeros(len(samples), bool), np.array([sample.cls for sample in samples])
-    for cls in np.unique(classes):
-        mine = np.flatnonzero(classes == cls)
+    held = np.zeros(len(samples), bool)
+    for cls in {sample.cls for sample in samples}:
+        mine = np.flatnonzero([sample.cls == cls for sample in samples])
         count = min(round(share * len(mine)), len(mine) - 1)
         held[mine[np.arange(count) * len(mine) // count]] = True
     return held
@@ -357,20 +366,15 @@ def read_image(name):
 NOTES = ("note: {}: masks of many grey values, which are defect from half their maximum on",
          "warning: {}: masks in the alpha channel only, read from there",
          "warning: {}: empty masks of defective images",
-         "warning: {}: every mask covers most of its image; if black means defect, invert them",
-         "warning: {}: masks of another aspect ratio than their image")
+         "warning: {}: every mask covers most of its image; if black means defect, invert them")
 
 def read_mask(name):
-    """bool H x W at the file's own size, see mask_and_notes(). Raises DataError as read_image."""
-    return mask_and_notes(name)[0]
-
-def mask_and_notes(name, image=None):
-    """bool H x W, and of each of NOTES whether it holds. image: its image's name, to compare aspect ratios.
+    """bool H x W at the file's own size, and of each of NOTES whether it holds. DataError as read_image.
     Channels reduce by their maximum, a palette counts by its colours. A label map (few values, or small ones)
     is defect wherever it is not 0; a mask of many greys was smoothed or a JPEG: from half the maximum on."""
     if name.startswith("toy:"):
         return toy_image(name)[1], [False] * len(NOTES)
-    in_alpha = other_aspect = False
+    in_alpha = False
     with opened(name) as file:
         ImageOps.exif_transpose(file, in_place=True)
         if file.mode != "L" and file.mode[0] not in "1IF":
@@ -385,13 +389,7 @@ def mask_and_notes(name, image=None):
     many_greys = len(levels) > 8 and (levels[-1] >= 128 or values.dtype.kind == "f")
     if many_greys:
         mask = values >= levels[-1] / 2
-    if image:
-        with opened(image) as file:
-            upright = file.getexif().get(0x0112, 1) < 5           # by its EXIF orientation
-            width, height = file.size if upright else file.size[::-1]
-        other_aspect = not 0.98 < mask.shape[1] * height / (mask.shape[0] * width) < 1.02
-    notes = many_greys, in_alpha, not mask.any(), mask.mean() > 0.5, other_aspect
-    return mask, list(map(bool, notes))
+    return mask, list(map(bool, (many_greys, in_alpha, not mask.any(), mask.mean() > 0.5)))
 
 def find_images(patterns):
     """Files, folders (with subfolders; links to folders are not followed), globs -> paths in natural order.
@@ -404,7 +402,8 @@ def find_images(patterns):
         for path in sorted(named, key=natural):
             is_folder = os.path.isdir(path) and (path == pattern or os.path.basename(path) not in JUNK)
             paths += walk(path, follow=False) if is_folder else [path]
-        paths = [path for path in paths if path == pattern or is_image(path) and not is_own(path)]
+        paths = [path for path in paths if path == pattern
+                 or Path(path).suffix.lower() in SUFFIXES and not is_own(path)]
         if not paths:
             raise DataError(f"no image at {pattern}: expected an image file, a folder of images or a glob")
         found.update(dict.fromkeys(paths))
@@ -416,8 +415,7 @@ def is_own(path):                      # a picture that this program wrote
 
 # ---------------------------------------------------------------- decoding, and the cache of decoded images
 
-def decode(samples, size, crop=None, masks=False, cache=None, workers=None, name="", progress=True,
-           log=print):
+def decode(samples, size, crop=None, masks=False, cache=None, workers=None, name="", log=log):
     """The samples' images or masks, resized to size x size, then the central crop x crop (S = crop or size).
 
     Returns uint8 N x S x S x 3 (RGB, bilinear; CIFAR-10 Lanczos, as UniAD), or with masks bool N x S x S
@@ -432,7 +430,7 @@ def decode(samples, size, crop=None, masks=False, cache=None, workers=None, name
     def decoded():                     # in threads: Pillow decodes and resizes without the GIL
         with ThreadPool(workers) as pool:
             results = pool.imap(partial(decode_one, **settings), samples)
-            yield from tqdm(results, f"decoding {name}", len(samples), disable=not progress or None)
+            yield from progress(results, f"decoding {name}", len(samples))
 
     with contextlib.closing(decoded()) as images:      # so that an error ends the threads' work too
         if cache is None or not samples:
@@ -447,13 +445,17 @@ def decode(samples, size, crop=None, masks=False, cache=None, workers=None, name
                 log(printable(f"{text.format(cls)}: {odd.sum()} of {len(mine)}, for example {example}"))
     return table["pixels"]
 
+def to_device(images, device):
+    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+
 def decode_one(sample, size, crop, masks):
     """uint8 S x S x 3 or bool S x S, and its notes."""
     notes, inner = [False] * len(NOTES), crop or size
     if masks:
         mask = np.zeros((size, size), bool)
         if sample.mask:
-            mask, notes = mask_and_notes(sample.mask, sample.image)
+            mask, notes = read_mask(sample.mask)
         image, method = Image.fromarray(mask), Image.Resampling.NEAREST
     else:
         image, is_cifar = read_image(sample.image), sample.image.startswith("cifar10:")
@@ -466,7 +468,7 @@ def cached(folder, samples, settings, record, images, log):
     """The records (pixels, notes) of these samples, memory-mapped from their cache file, written if need be.
     It holds the records and their CRC-32; its name digests its sources."""
     files = [(fingerprint(s.image), settings["masks"] and s.mask and fingerprint(s.mask)) for s in samples]
-    key = hashlib.sha256(repr((3, settings, files)).encode()).hexdigest()[:32]      # 3: version of the bytes
+    key = hashlib.sha256(repr((4, settings, files)).encode()).hexdigest()[:32]      # 4: version of the bytes
     path, size = Path(folder, f"decoded-{settings['size']}-{key}.bin"), len(samples) * record.itemsize
     with contextlib.suppress(OSError):                 # no such file yet
         content = np.memmap(path, mode="r") if os.path.getsize(path) == size + 4 else b""
@@ -491,7 +493,7 @@ def fingerprint(name):
     found = os.stat(name)
     return os.path.abspath(name), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
-# ---------------------------------------------------------------- files written as a whole, folders of a run
+# ---------------------------------------------------------------- files of a run
 
 @contextlib.contextmanager
 def atomic(path, hint=""):
@@ -515,7 +517,7 @@ def claim(folder, program, resume):
     marks its own, if another run has it, or if it holds a run (seed*.pt) and resume is false.
     """
     folder, mark = Path(folder), Path(folder, f".{program}")
-    try:
+    with explain(f"--out {folder}: cannot write there", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not mark.exists():
             raise DataError(f"--out {folder}: holds files that {program}.py did not write; name an empty one")
@@ -523,16 +525,21 @@ def claim(folder, program, resume):
         if any(folder.glob("seed*.pt")) and not resume:
             raise DataError(f"--out {folder}: holds a run; --resume goes on, another --out starts anew")
         log = open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
-        with contextlib.suppress(ImportError):         # Windows has no fcntl: no lock there
-            import fcntl
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with explain(f"--out {folder}: another run is writing into it", BlockingIOError):
+            with contextlib.suppress(ImportError):     # Windows has no fcntl: no lock there
+                import fcntl
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for path in folder.glob(".partial-[0-9]*-" + 8 * "[0-9a-f]" + "*"):      # of a killed atomic()
             path.unlink()
         return log
-    except BlockingIOError:
-        raise DataError(f"--out {folder}: another run is writing into it") from None
-    except OSError as error:
-        raise DataError(f"--out {folder}: cannot write there: {error.strerror}") from None
+
+def read_tensors(path):
+    """The dict of a .safetensors file or of a torch checkpoint of tensors and plain containers."""
+    with explain(f"{path}: not a readable checkpoint"):
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):      # some scripts save their arguments
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 # ---------------------------------------------------------------- the toy set
 # Two textures and two objects, drawn from a seed that is the image's name

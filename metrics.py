@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from scipy import ndimage, stats
 from sklearn.metrics import roc_auc_score
-from tqdm import tqdm
 
 import data
 
@@ -169,6 +168,14 @@ def table(result, paper=None):
     body.insert(len(result["classes"]), "-" * len(head))
     return "\n".join([head, "-" * len(head), *body])
 
+def read_table(text):
+    """{row: {column: figure}} of a paper's table: first the columns, then each row's name and figures."""
+    head, *lines = text.strip().splitlines()
+    columns, words, rows = head.split(), iter(" ".join(lines).split()), {}
+    for row in words:
+        rows[row] = {column: float(next(words)) for column in columns}
+    return rows
+
 def save_json(path, args, result):
     """Write {"args": args, **result} to path, atomically. args: a dict. A number not finite becomes null."""
     text = json.dumps({"args": args, **result}, default=str)
@@ -279,7 +286,7 @@ def save_maps(folder, samples, images, masks, maps, scores, normal, quantile):
         shown = images[i], truth.astype(np.uint8), overlay(images[i], maps[i], low, high)
         return panels(shown, text, low, high, size)
 
-    for row, index in tqdm(by_row(samples).items(), "pictures", leave=False, disable=None):
+    for row, index in data.progress(by_row(samples).items(), "pictures"):
         os.makedirs(Path(folder, row), exist_ok=True)
         for i, name in zip(index, picture_names([place(samples[i]).replace("/", "_") for i in index])):
             save(strip(i), Path(folder, row, name))

@@ -44,7 +44,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
@@ -55,10 +54,11 @@ from timm.layers import LayerNorm2d, SEModule
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch.nn.utils import fusion
 
 import data
 import metrics
+from data import RANK, log, progress
 
 # ---------------------------------------------------------------- settings
 
@@ -115,17 +115,15 @@ class GRN(nn.Module):
         return x * scale if self.beta is None else torch.addcmul(self.beta, x, scale)  # Eq. 6
 
 class Depthwise(nn.Conv2d):
-    """Depthwise convolution. On a CPU not in bfloat16: torch's weight gradient, dilated, is wrong there."""
+    """Depthwise convolution, on a CPU in float32: in bfloat16 torch's weight gradient, dilated, is wrong."""
 
     def __init__(self, channels, kernel, dilation=1):
         super().__init__(channels, channels, kernel, padding=dilation * (kernel - 1) // 2, dilation=dilation,
                          groups=channels, bias=False)
 
     def forward(self, x):
-        if x.device.type != "cpu":
-            return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float() if x.dtype == torch.bfloat16 else x)
+            return super().forward(x.to(self.weight.dtype) if x.is_cpu else x)
 
 class DilatedReparam(nn.Module):
     """Depthwise 13 x 13 convolution plus parallel small dilated ones, each with its BatchNorm, summed."""
@@ -212,13 +210,9 @@ def halve(in_channels, out_channels):
 
 def fold(layer, bn):
     """A copy of a convolution or linear layer with the BatchNorm after it folded in."""
-    layer, scale = copy.deepcopy(layer), bn.weight / (bn.running_var + bn.eps).sqrt()  # C
-    shape = [1] * layer.weight.ndim
-    shape[1 if isinstance(layer, nn.ConvTranspose2d) else 0] = -1  # the output channels
-    bias = 0 if layer.bias is None else layer.bias
-    layer.weight = nn.Parameter((layer.weight * scale.view(shape)).detach())
-    layer.bias = nn.Parameter((bn.bias + (bias - bn.running_mean) * scale).detach())
-    return layer
+    if isinstance(layer, nn.Linear):
+        return fusion.fuse_linear_bn_eval(layer, bn)
+    return fusion.fuse_conv_bn_eval(layer, bn, transpose=isinstance(layer, nn.ConvTranspose2d))
 
 def fuse(model):
     """A copy of the model for inference that gives, up to rounding, the model's output in eval mode.
@@ -345,22 +339,8 @@ class Bottleneck(nn.Module):
         x = torch.cat([self.from1(maps[0]), self.from2(maps[1]), maps[2]], 1)  # B x 3C_3 x H_3 x W_3
         return self.compress(x)
 
-class Decoder(nn.Module):
-    """Three stages, each doubling the size: B x 2C_3 x H_3/2 x W_3/2 -> maps."""
-
-    def __init__(self, stages):
-        super().__init__()
-        self.stages = nn.ModuleList(stages)  # coarse to fine
-
-    def forward(self, x):
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.insert(0, x)
-        return maps
-
 def minimax(encoder):
-    """MiniMaxAD's bottleneck and decoder, the mirrored encoder."""
+    """MiniMaxAD's bottleneck and the decoder's three stages, which mirror the encoder's."""
     widths, stages = encoder.channels, []
     channels = 2 * widths[2]
     compress = nn.Sequential(conv(3 * widths[2], channels, 3, "down"), stage(channels, [3, 3]))
@@ -368,7 +348,7 @@ def minimax(encoder):
         up = conv(channels, width, 2, "up")
         stages.append(nn.Sequential(up, LayerNorm2d(width), stage(width, kernels)))
         channels = width
-    return Bottleneck(widths, compress), Decoder(stages)
+    return Bottleneck(widths, compress), nn.ModuleList(stages)
 
 def reverse_distillation(encoder):
     """Bottleneck and decoder of the baseline: residual stages. DataError if the encoder is no timm ResNet."""
@@ -383,7 +363,7 @@ def reverse_distillation(encoder):
     for width, output, depth in zip(widths[::-1], outputs[::-1], depths):  # depths: not reversed, as RD's
         stages.append(residual_stage(channels, width, output, "up", depth))
         channels = output
-    return Bottleneck(outputs, compress), Decoder(stages)
+    return Bottleneck(outputs, compress), nn.ModuleList(stages)
 
 def residual_stage(in_channels, width, out_channels, mode, depth):
     return nn.Sequential(Residual(in_channels, width, out_channels, mode),
@@ -412,49 +392,45 @@ class MiniMaxAD(nn.Module):
     def forward(self, image):
         with torch.no_grad():
             encoder_maps = self.encoder(image)
-        return encoder_maps, self.decoder(self.bottleneck(encoder_maps))
+        x, decoder_maps = self.bottleneck(encoder_maps), []
+        for stage in self.decoder:  # from coarse to fine, each doubles the size
+            x = stage(x)
+            decoder_maps.insert(0, x)
+        return encoder_maps, decoder_maps
 
 # ---------------------------------------------------------------- losses
 #
 # Every loss is this process's part of the loss of the global batch, which may be split unevenly, with nothing
 # for some: the parts, and so their gradients, add up to what one process gets for the whole batch.
 
-def total_size(size):
-    """Sum of a number over the processes; on the CPU, so that a GPU need not be waited for."""
-    return size if WORLD == 1 else int(total(torch.tensor(size)))
+def all_pixels(S):
+    """S, B x H x W, of the global batch as a vector, without gradient, on every process."""
+    S = S.detach().flatten()
+    if WORLD == 1:
+        return S
+    sizes = gather(torch.tensor([len(S)])).tolist()
+    parts = gather(F.pad(S, (0, max(sizes) - len(S))).unsqueeze(0))  # WORLD x the longest
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 def quantile(x, p):
-    """p-quantile of the elements of x over all processes, interpolated linearly as torch.quantile does.
+    """p-quantile of the elements of x, interpolated linearly as torch.quantile does, but fast for p near 1.
 
-    Exact for any number of elements, which torch.quantile limits, and fast for p near 1.
+    Any number of elements will do, which torch.quantile limits.
     """
-    x = x.detach().flatten()
-    n = total_size(x.numel())
-    rank = p * (n - 1)
-    k = n - int(rank)  # the k largest end at the element just below the rank
-    top = x.topk(min(k, x.numel())).values
-    if WORLD > 1:  # the k largest of all are among the k largest of each
-        top = F.pad(top, (0, k - top.numel()), value=-math.inf)
-        parts = [torch.empty_like(top) for _ in range(WORLD)]
-        dist.all_gather(parts, top)
-        top = torch.cat(parts).topk(k).values
+    x = x.flatten()
+    rank = p * (len(x) - 1)
+    k = len(x) - int(rank)  # the k largest end at the element just below the rank
+    top = x.topk(k).values
     below, above = top[k - 1], top[max(k - 2, 0)]
     return below + (above - below) * (rank - int(rank))
 
-def variance(x):
-    """Variance of the elements of x over all processes."""
-    n = total_size(x.numel())
-    mean = total(x.sum()) / n
-    return total((x.detach() - mean).square().sum()) / (n - 1)
-
-def adc_threshold(S, p_hard=0.9999, p_lim=0.9995):
-    """Eq. 8: the value of S^2 from which on a pixel is mined, as a tensor without dimensions."""
-    S = S.detach()
-    alpha = quantile(S, p_hard)  # of S, although S^2 is compared: so in the paper and in the authors' code
-    beta = quantile(S.square(), p_lim)
-    sigma2 = variance(S)
-    A = total((S.square() >= alpha - sigma2).sum())
-    N = max(1, total_size(S.numel()) * (1 - p_lim))  # with p_lim = 1 no pixel would do
+def adc_threshold(pixels, p_hard=0.9999, p_lim=0.9995):
+    """Eq. 8: the value of S^2 from which on a pixel is mined; pixels: S of the global batch, a vector."""
+    alpha = quantile(pixels, p_hard)  # of S, although S^2 is compared: so in the paper and the authors' code
+    beta = quantile(pixels.square(), p_lim)
+    sigma2 = pixels.var()
+    A = (pixels.square() >= alpha - sigma2).sum()
+    N = max(1, len(pixels) * (1 - p_lim))  # with p_lim = 1 no pixel would do
     return torch.where(A >= N, alpha, beta) - sigma2
 
 def mined_mean(S, threshold):
@@ -466,11 +442,11 @@ def mined_mean(S, threshold):
 
 def adc_loss(S, p_hard=0.9999, p_lim=0.9995):
     """Eq. 8 of S, B x H x W."""
-    return mined_mean(S, adc_threshold(S, p_hard, p_lim))[0]
+    return mined_mean(S, adc_threshold(all_pixels(S), p_hard, p_lim))[0]
 
 def global_loss(encoder_maps, decoder_maps):
     """Eq. 2: 1 - cosine of the flattened maps, summed over the scales, mean over the batch."""
-    batch = total_size(len(encoder_maps[0]))
+    batch = int(total(torch.tensor(len(encoder_maps[0]))))
     pairs = zip(encoder_maps, same_size(encoder_maps, decoder_maps))
     flat = [(e.float().flatten(1), d.float().flatten(1)) for e, d in pairs]
     return sum(1 - F.cosine_similarity(e, d) for e, d in flat).sum() / batch
@@ -478,14 +454,14 @@ def global_loss(encoder_maps, decoder_maps):
 def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0.9995):
     """The loss "local", "local-hm", "adc" or "global" of size x size images; the pixels that enter it."""
     if name == "global":
-        pixels = total_size(len(encoder_maps[0])) * size**2
-        return global_loss(encoder_maps, decoder_maps), encoder_maps[0].new_tensor(pixels)
+        pixels = encoder_maps[0].new_tensor(len(encoder_maps[0]) * size**2)
+        return global_loss(encoder_maps, decoder_maps), total(pixels)
     S = anomaly_map(encoder_maps, decoder_maps, size, "nearest")
     threshold = 0  # Eq. 7, "local": all pixels. (Eq. 1, the mean of M on each scale, is its predecessor.)
     if name == "local-hm":
-        threshold = quantile(S.square(), p_lim)  # Eq. 9
+        threshold = quantile(all_pixels(S).square(), p_lim)  # Eq. 9
     elif name == "adc":
-        threshold = adc_threshold(S, p_hard, p_lim)  # Eq. 8
+        threshold = adc_threshold(all_pixels(S), p_hard, p_lim)  # Eq. 8
     return mined_mean(S, threshold)
 
 # ---------------------------------------------------------------- anomaly map and score
@@ -562,7 +538,7 @@ def train(model, state, samples, images, index, folder, device):
             if s.augment:
                 x = augmented([samples[i] for i in part], size, device)
             else:
-                x = to_device(images[part], device)
+                x = data.to_device(images[part], device)
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
                 encoder_maps, decoder_maps = parallel((x - model.encoder.mean) / model.encoder.std)
             loss, count = training_loss(s.loss, encoder_maps, decoder_maps, size, s.p_hard, s.p_lim)
@@ -626,10 +602,6 @@ def evaluate(model, state, test, images, masks, args, folder, device):
 
 # ---------------------------------------------------------------- a run and its files
 
-# What a checkpoint holds: model and optimizer after an epoch, names and sizes of the training images, and at
-# the end what normal images look like to the model (metrics.calibrate).
-STATE = ("name", "settings", "root", "images", "seed", "classes", "epoch", "model", "optimizer", "normal")
-
 def train_run(args, device):
     """Train and evaluate a model per seed and, unless --unified, per class; then the table."""
     folder, results = claim(args), {}
@@ -648,6 +620,8 @@ def train_run(args, device):
             index, kept = np.flatnonzero(of_classes & ~held_out), np.flatnonzero(of_classes & held_out)
             listing = data.listing([dataset.train[i] for i in index])
             name = f"seed{seed}" if args.unified else f"seed{seed}-{classes[0].replace('/', '_')}"
+            # What a checkpoint holds; model and optimizer are those after the epoch, images are names and
+            # sizes, normal is, once trained, what normal images look like to the model (metrics.calibrate).
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          images=listing, model=None, optimizer=None, normal=None)
             if args.resume:
@@ -685,7 +659,7 @@ def eval_run(args, device):
 
 def load(args):
     """The data set, its test images and masks; DataError if there is nothing to train on or to evaluate."""
-    dataset = data.load(args.data, args.root, args.classes, args.normals, log=log)
+    dataset = data.load(args.data, args.root, args.classes, args.normals)
     if not (dataset.test if args.eval else dataset.train):
         raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
     return dataset, decode(args, dataset.test, "test images"), decode(args, dataset.test, "masks")
@@ -696,7 +670,7 @@ def decode(args, samples, name):
     if LOCAL_RANK and cache:
         total(torch.zeros(1))  # waits until the node's first process has filled the cache
     array = data.decode(samples, args.size, args.crop, masks=name == "masks", cache=cache,
-                        workers=args.workers, name=name, progress=RANK == 0, log=log)
+                        workers=args.workers, name=name)
     if LOCAL_RANK == 0 and cache:
         total(torch.zeros(1))
     return array
@@ -718,7 +692,7 @@ def claim(args):
         source = Path(args.eval)
         folder = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
     if RANK == 0:
-        LOG.append(data.claim(folder, PROGRAM, args.resume))
+        data.LOG.append(data.claim(folder, PROGRAM, args.resume))
         metrics.save_json(folder / "args.json", vars(args), {})
     folder.mkdir(parents=True, exist_ok=True)  # on each node
     return folder
@@ -730,12 +704,11 @@ def save(folder, state):
 
 def read_state(path, like=None):
     """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
-    state = read_tensors(path)
-    if not (set(STATE) <= state.keys() and isinstance(state["settings"], dict)
-            and set(SETTINGS) <= state["settings"].keys()):
-        raise data.DataError(f"{path}: not a checkpoint of this version of {PROGRAM}.py")
-    for key in SETTINGS if like else ():
-        mine, theirs = state["settings"][key], like["settings"][key]
+    state = data.read_tensors(path)
+    with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py", KeyError, TypeError):
+        settings = {key: state["settings"][key] for key in SETTINGS}
+    for key, mine in settings.items() if like else ():
+        theirs = like["settings"][key]
         if mine != theirs:
             raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same "
                                  "arguments, another --out, or the name of one checkpoint")
@@ -767,7 +740,6 @@ def load_run(args):
     args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
     return states
 
-@torch.no_grad()
 def load_weights(net, name, weights, key_in_file=str):
     """Fill net from a checkpoint FILE, its tensors at the top or under "model", "models" or "state_dict".
 
@@ -777,27 +749,17 @@ def load_weights(net, name, weights, key_in_file=str):
     if weights == "none":
         return
     with data.explain(f"--backbone {name}: cannot download its weights, --weights FILE takes a local file"):
-        state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
+        state = (data.read_tensors(weights) if weights else
+                 timm.create_model(name, pretrained=True).state_dict())
     for key in ("model", "models", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0 for stages.0
-    needed = {key_in_file(k): x for k, x in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    for key, value in needed.items():
-        new = found.get(key.replace(".", "_"))
-        if not torch.is_tensor(new) or new.shape != value.shape:
-            wrong = f"has shape {list(new.shape)}" if torch.is_tensor(new) else "is missing"
-            raise data.DataError(f"--weights {weights}: {key} {wrong}, {name} needs {list(value.shape)}")
-        value.copy_(new)
-    rest = len(found) - len(needed)
-    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
-
-def read_tensors(path):
-    """The dict of a .safetensors file or of a torch checkpoint of tensors and plain containers."""
-    with data.explain(f"{path}: not a readable checkpoint"):
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # some scripts save their arguments too
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    wanted = {key: key_in_file(key).replace(".", "_") for key in net.state_dict()}
+    tensors = {key: found[theirs] for key, theirs in wanted.items() if theirs in found}
+    with data.explain(f"--weights {weights}: does not fit {name}"):
+        net.load_state_dict(tensors)  # strict, but for BatchNorm's num_batches_tracked
+    rest = len(found) - len(tensors)
+    log(f"{name}: {len(tensors)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
 
 def build_backbone(settings, weights):
     return load_encoder(settings["backbone"], weights)
@@ -893,9 +855,8 @@ def seconds(function):
 
 # ---------------------------------------------------------------- processes and logging
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-PROGRAM, LOG = Path(__file__).stem, []  # LOG: the run's log.txt, open on process 0
+PROGRAM = Path(__file__).stem
+WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
 
 def start(name):
     """The device of this process; joins the process group under torchrun. DataError: no such device."""
@@ -931,43 +892,26 @@ def total(x):
     return x
 
 @torch.no_grad()
-def infer(network, images, device, *labels, everywhere=False):
+def infer(network, images, device, *labels):
     """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
 
-    Every process computes its share; process 0, or every one, gets all, the others None for each output.
+    Every process computes its share and gets all.
     """
     N, parts = len(images), []
     rows = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on each; the surplus is cut
     for batch in progress(rows.split(32), "inference"):
-        x = to_device(images[batch.numpy()], device)
-        parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
-    outputs = [gather(torch.cat(part), everywhere) for part in zip(*parts)]
-    return [None if output is None else output[:N].numpy() for output in outputs]
+        x = data.to_device(images[batch.numpy()], device)
+        outputs = network(x, *(label[batch].to(device) for label in labels))
+        parts.append([gather(output).cpu() for output in outputs])
+    return [torch.cat(part)[:N].numpy() for part in zip(*parts)]
 
-def gather(x, everywhere):
-    """Rows RANK::WORLD of every process, as many each -> all, in order; None where they are not wanted."""
+def gather(x):
+    """Rows RANK::WORLD, as many on each process -> all, in order, on every process."""
     if WORLD == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)] if RANK == 0 or everywhere else None
-    dist.all_gather(parts, x) if everywhere else dist.gather(x, parts)
-    return torch.stack(parts, 1).flatten(0, 1) if parts else None  # n x WORLD x .. -> N x ..
-
-def to_device(images, device):
-    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1; from pinned memory a GPU copies in parallel."""
-    images = torch.from_numpy(np.ascontiguousarray(images))
-    images = images.pin_memory() if device.type == "cuda" else images
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-
-def log(text):
-    """A line to the screen and to log.txt, by process 0 alone."""
-    text = text.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
-    for file in (sys.stdout, *LOG) if RANK == 0 else ():
-        tqdm.write(text, file)
-        file.flush()
-
-def progress(iterable, name):
-    """A bar in a terminal, after a second, and nothing in a file."""
-    return tqdm(iterable, name, leave=False, disable=True if RANK else None, delay=1, dynamic_ncols=True)
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)  # n x WORLD x .. -> N x ..
 
 # ---------------------------------------------------------------- the paper's published figures, in %
 
@@ -1006,11 +950,6 @@ TABLE_7 = """ goodsad visa-unified aebad visa
     local-hm  80.6  96.3  85.4  95.6
     fp        77.6  92.7  87.6  96.4
     fr        86.0  97.0  84.6  95.4"""
-TABLE_A4 = """ 0.995 0.9999 1.0
-    0.999     85.6  86.0  85.7
-    0.9995    85.8  86.0  85.9
-    0.9999    85.4  85.6  85.2"""  # p_hard to the right, p_lim down: adc on GoodsAD
-TABLE_A5 = {0.999: 81.2, 0.9995: 80.6, 0.9999: 77.3}  # p_lim: local-hm on GoodsAD
 
 def paper_figures(args, found):
     """{row: {metric: the paper's figure}} for this set, setting, architecture and loss, {} if it gives none.
@@ -1019,33 +958,21 @@ def paper_figures(args, found):
     """
     key = args.data, args.unified and args.data != "aebad"  # AeBAD is one class
     method = "rd" if args.arch == "rd" else {"adc": "fr", "global": "fp"}.get(args.loss, args.loss)
-    rows = read_table(TABLES.get(key, "none"))
-    names = {row for (name, _), text in TABLES.items() if name == args.data for row in read_table(text)}
-    complete = names - {"mean"} <= set(found)
-    backbone = (RD if args.arch == "rd" else PAPER)["backbone"]
-    if not rows or (args.size, args.backbone) != (PRESETS[key]["size"], backbone) or key[1] and not complete:
+    rows = metrics.read_table(TABLES.get(key, "none"))
+    of_set = [metrics.read_table(text) for (name, _), text in TABLES.items() if name == args.data]
+    complete = set().union(*of_set) - {"mean"} <= set(found)
+    usual = PRESETS.get(key) and PAPER | PRESETS[key] | (RD if args.arch == "rd" else {})
+    if not usual or key[1] and not complete or any(
+            getattr(args, setting) != usual[setting] for setting in ("size", "backbone", "p_hard", "p_lim")):
         return {}
-    shown = [row for row in rows if row in found or row == "mean" and complete]
-    figures = {row: {column.partition(":")[2]: x for column, x in rows[row].items()
-                     if column.startswith(f"{method}:")} for row in shown}
-    ablated = method in ("fr", "local-hm") and (args.p_lim, args.p_hard) != (0.9995, 0.9999)
-    mean = read_table(TABLE_7)[method].get(args.data + "-unified" * key[1])
-    if ablated:
-        a4, a5 = read_table(TABLE_A4).get(str(args.p_lim), {}), TABLE_A5.get(args.p_lim)
-        figures, mean = {}, a4.get(str(args.p_hard)) if method == "fr" else a5
-        mean = mean if args.data == "goodsad" else None
+    figures = {row: {column.partition(":")[2]: x for column, x in values.items()
+                     if column.startswith(f"{method}:")}
+               for row, values in rows.items() if row in found or row == "mean" and complete}
+    mean = metrics.read_table(TABLE_7)[method].get(args.data + "-unified" * key[1])
     if mean and complete:
         figures.setdefault("mean", {})["i_auroc"] = mean
     return {row: {metric: round(value / 100, 3) for metric, value in values.items()}
             for row, values in figures.items() if values}
-
-def read_table(text):
-    """{row: {column: figure}} of one of the tables: first the columns, then each row's name and figures."""
-    head, *lines = text.strip().splitlines()
-    columns, words, rows = head.split(), iter(" ".join(lines).split()), {}
-    for row in words:
-        rows[row] = {column: float(next(words)) for column in columns}
-    return rows
 
 # ---------------------------------------------------------------- command line
 
@@ -1065,7 +992,7 @@ def new_parser(description, defaults):
         description=description, epilog="Commands: the header of this file. Defaults: " + defaults,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118))
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="NAME[+NAME..]", help=f"{' '.join(data.NAMES)} (default toy)")
+    add("--data", metavar="NAME[+NAME..]", help=f"{' '.join(data.SETS)} (default toy)")
     add("--root", metavar="DIR", help="where the data lies (default data/NAME)")
     add("--classes", nargs="+", metavar="A", help="a subset of the classes")
     add("--normals", help="cifar10: the five normal classes (default 01234)")
@@ -1198,8 +1125,8 @@ def main(argv=None):
         print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
-    while LOG:
-        LOG.pop().close()
+    while data.LOG:
+        data.LOG.pop().close()
     sys.exit(code)
 
 if __name__ == "__main__":

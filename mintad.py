@@ -44,7 +44,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
@@ -53,10 +52,10 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import data
 import metrics
+from data import RANK, log, progress
 
 # ---------------------------------------------------------------- settings
 
@@ -388,7 +387,7 @@ def build(state, backbone):
 
 def read_text(path, classes):
     """K x E text embeddings from a safetensors file with one row (a tensor of E) per class name."""
-    rows = read_tensors(path)
+    rows = data.read_tensors(path)
     for cls in classes:
         if not torch.is_tensor(rows.get(cls)):
             raise data.DataError(f"--text {path}: no row '{cls}'; it has {', '.join(sorted(rows))[:200]}")
@@ -442,7 +441,7 @@ def extract(backbone, images, device):
     def half(image):
         return [backbone(image).half()]
 
-    features = torch.from_numpy(infer(half, images, device, everywhere=True)[0])
+    features = torch.from_numpy(infer(half, images, device)[0])
     fits = device.type == "cuda" and features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]
     return features.to(device) if fits else features
 
@@ -572,10 +571,6 @@ def evaluate(model, state, test, images, masks, args, folder, device):
 
 # ---------------------------------------------------------------- a run and its files
 
-# What a checkpoint holds: model and optimizer after an epoch, names and sizes of the training images, and at
-# the end what normal images look like to the model (metrics.calibrate).
-STATE = ("name", "settings", "root", "images", "seed", "classes", "epoch", "model", "optimizer", "normal")
-
 def train_run(args, device):
     """Train and evaluate a model per seed and, unless --unified, per class; then the table."""
     folder, results = claim(args), {}
@@ -594,6 +589,8 @@ def train_run(args, device):
             index, kept = np.flatnonzero(of_classes & ~held_out), np.flatnonzero(of_classes & held_out)
             listing = data.listing([dataset.train[i] for i in index])
             name = f"seed{seed}" if args.unified else f"seed{seed}-{classes[0].replace('/', '_')}"
+            # What a checkpoint holds; model and optimizer are those after the epoch, images are names and
+            # sizes, normal is, once trained, what normal images look like to the model (metrics.calibrate).
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          images=listing, model=None, optimizer=None, normal=None)
             if args.resume:
@@ -631,7 +628,7 @@ def eval_run(args, device):
 
 def load(args):
     """The data set, its test images and masks; DataError if there is nothing to train on or to evaluate."""
-    dataset = data.load(args.data, args.root, args.classes, args.normals, log=log)
+    dataset = data.load(args.data, args.root, args.classes, args.normals)
     if not (dataset.test if args.eval else dataset.train):
         raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
     return dataset, decode(args, dataset.test, "test images"), decode(args, dataset.test, "masks")
@@ -642,7 +639,7 @@ def decode(args, samples, name):
     if LOCAL_RANK and cache:
         total(torch.zeros(1))  # waits until the node's first process has filled the cache
     array = data.decode(samples, args.size, args.crop, masks=name == "masks", cache=cache,
-                        workers=args.workers, name=name, progress=RANK == 0, log=log)
+                        workers=args.workers, name=name)
     if LOCAL_RANK == 0 and cache:
         total(torch.zeros(1))
     return array
@@ -664,7 +661,7 @@ def claim(args):
         source = Path(args.eval)
         folder = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
     if RANK == 0:
-        LOG.append(data.claim(folder, PROGRAM, args.resume))
+        data.LOG.append(data.claim(folder, PROGRAM, args.resume))
         metrics.save_json(folder / "args.json", vars(args), {})
     folder.mkdir(parents=True, exist_ok=True)  # on each node
     return folder
@@ -676,12 +673,11 @@ def save(folder, state):
 
 def read_state(path, like=None):
     """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
-    state = read_tensors(path)
-    if not (set(STATE) <= state.keys() and isinstance(state["settings"], dict)
-            and set(SETTINGS) <= state["settings"].keys()):
-        raise data.DataError(f"{path}: not a checkpoint of this version of {PROGRAM}.py")
-    for key in SETTINGS if like else ():
-        mine, theirs = state["settings"][key], like["settings"][key]
+    state = data.read_tensors(path)
+    with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py", KeyError, TypeError):
+        settings = {key: state["settings"][key] for key in SETTINGS}
+    for key, mine in settings.items() if like else ():
+        theirs = like["settings"][key]
         if mine != theirs:
             raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same "
                                  "arguments, another --out, or the name of one checkpoint")
@@ -713,7 +709,6 @@ def load_run(args):
     args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
     return states
 
-@torch.no_grad()
 def load_weights(net, name, weights, key_in_file=str):
     """Fill net from a checkpoint FILE, its tensors at the top or under "model", "models" or "state_dict".
 
@@ -723,27 +718,17 @@ def load_weights(net, name, weights, key_in_file=str):
     if weights == "none":
         return
     with data.explain(f"--backbone {name}: cannot download its weights, --weights FILE takes a local file"):
-        state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
+        state = (data.read_tensors(weights) if weights else
+                 timm.create_model(name, pretrained=True).state_dict())
     for key in ("model", "models", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0 for stages.0
-    needed = {key_in_file(k): x for k, x in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    for key, value in needed.items():
-        new = found.get(key.replace(".", "_"))
-        if not torch.is_tensor(new) or new.shape != value.shape:
-            wrong = f"has shape {list(new.shape)}" if torch.is_tensor(new) else "is missing"
-            raise data.DataError(f"--weights {weights}: {key} {wrong}, {name} needs {list(value.shape)}")
-        value.copy_(new)
-    rest = len(found) - len(needed)
-    log(f"{name}: {len(needed)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
-
-def read_tensors(path):
-    """The dict of a .safetensors file or of a torch checkpoint of tensors and plain containers."""
-    with data.explain(f"{path}: not a readable checkpoint"):
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # some scripts save their arguments too
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    wanted = {key: key_in_file(key).replace(".", "_") for key in net.state_dict()}
+    tensors = {key: found[theirs] for key, theirs in wanted.items() if theirs in found}
+    with data.explain(f"--weights {weights}: does not fit {name}"):
+        net.load_state_dict(tensors)  # strict, but for BatchNorm's num_batches_tracked
+    rest = len(found) - len(tensors)
+    log(f"{name}: {len(tensors)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
 
 def restore(state, device):
     """The model from a checkpoint alone."""
@@ -797,7 +782,7 @@ def save_queries(path, model, samples, images, labels, device):
         first.setdefault(sample.cls, i)
     hook = model.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
     for cls, i in first.items():
-        model(model.backbone(to_device(images[[i]], device)), labels[[i]].to(device))
+        model(model.backbone(data.to_device(images[[i]], device)), labels[[i]].to(device))
         q = F.normalize(seen.pop()[0], dim=-1)  # P x D
         pictures.append(metrics.panels([metrics.heat((q @ q.T).cpu().numpy(), 0, 1)], cls, 0, 1))
     hook.remove()
@@ -848,9 +833,8 @@ def seconds(function):
 
 # ---------------------------------------------------------------- processes and logging
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-PROGRAM, LOG = Path(__file__).stem, []  # LOG: the run's log.txt, open on process 0
+PROGRAM = Path(__file__).stem
+WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
 
 def start(name):
     """The device of this process; joins the process group under torchrun. DataError: no such device."""
@@ -886,43 +870,26 @@ def total(x):
     return x
 
 @torch.no_grad()
-def infer(network, images, device, *labels, everywhere=False):
+def infer(network, images, device, *labels):
     """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
 
-    Every process computes its share; process 0, or every one, gets all, the others None for each output.
+    Every process computes its share and gets all.
     """
     N, parts = len(images), []
     rows = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on each; the surplus is cut
     for batch in progress(rows.split(32), "inference"):
-        x = to_device(images[batch.numpy()], device)
-        parts.append([output.cpu() for output in network(x, *(label[batch].to(device) for label in labels))])
-    outputs = [gather(torch.cat(part), everywhere) for part in zip(*parts)]
-    return [None if output is None else output[:N].numpy() for output in outputs]
+        x = data.to_device(images[batch.numpy()], device)
+        outputs = network(x, *(label[batch].to(device) for label in labels))
+        parts.append([gather(output).cpu() for output in outputs])
+    return [torch.cat(part)[:N].numpy() for part in zip(*parts)]
 
-def gather(x, everywhere):
-    """Rows RANK::WORLD of every process, as many each -> all, in order; None where they are not wanted."""
+def gather(x):
+    """Rows RANK::WORLD, as many on each process -> all, in order, on every process."""
     if WORLD == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)] if RANK == 0 or everywhere else None
-    dist.all_gather(parts, x) if everywhere else dist.gather(x, parts)
-    return torch.stack(parts, 1).flatten(0, 1) if parts else None  # n x WORLD x .. -> N x ..
-
-def to_device(images, device):
-    """uint8 N x S x S x 3 -> float N x 3 x S x S in 0..1; from pinned memory a GPU copies in parallel."""
-    images = torch.from_numpy(np.ascontiguousarray(images))
-    images = images.pin_memory() if device.type == "cuda" else images
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-
-def log(text):
-    """A line to the screen and to log.txt, by process 0 alone."""
-    text = text.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8
-    for file in (sys.stdout, *LOG) if RANK == 0 else ():
-        tqdm.write(text, file)
-        file.flush()
-
-def progress(iterable, name):
-    """A bar in a terminal, after a second, and nothing in a file."""
-    return tqdm(iterable, name, leave=False, disable=True if RANK else None, delay=1, dynamic_ncols=True)
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)  # n x WORLD x .. -> N x ..
 
 # ---------------------------------------------------------------- the paper's published figures
 
@@ -968,7 +935,7 @@ def paper_figures(args, found):
 
     found: our result's rows. A mean, and any row of a unified model, compares only over all their classes.
     """
-    rows = read_table(TABLES.get((args.data, args.unified), "none"))
+    rows = metrics.read_table(TABLES.get((args.data, args.unified), "none"))
     keys = "uniad", "query", "prompt", "adapter", "cls_loss", "prior_loss"
     flags = ",".join(f"{key}={getattr(args, key)}" for key in keys if getattr(args, key) != PAPER[key])
     complete = set(rows) - {"mean"} <= set(found)
@@ -982,16 +949,8 @@ def paper_figures(args, found):
                 for row in rows if row in found or row == "mean" and complete}
     mean = {}
     if (args.data, args.unified) == ("mvtec", True) and (same or not flags):
-        mean = read_table(VARIANTS if same else TABLE_8).get(flags if same else args.backbone)
+        mean = metrics.read_table(VARIANTS if same else TABLE_8).get(flags if same else args.backbone)
     return {"mean": mean} if mean else {}
-
-def read_table(text):
-    """{row: {column: figure}} of one of the tables: first the columns, then each row's name and figures."""
-    head, *lines = text.strip().splitlines()
-    columns, words, rows = head.split(), iter(" ".join(lines).split()), {}
-    for row in words:
-        rows[row] = {column: float(next(words)) for column in columns}
-    return rows
 
 # ---------------------------------------------------------------- command line
 
@@ -1011,7 +970,7 @@ def new_parser(description, defaults):
         description=description, epilog="Commands: the header of this file. Defaults: " + defaults,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118))
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="NAME[+NAME..]", help=f"{' '.join(data.NAMES)} (default toy)")
+    add("--data", metavar="NAME[+NAME..]", help=f"{' '.join(data.SETS)} (default toy)")
     add("--root", metavar="DIR", help="where the data lies (default data/NAME)")
     add("--classes", nargs="+", metavar="A", help="a subset of the classes")
     add("--normals", help="cifar10: the five normal classes (default 01234)")
@@ -1143,8 +1102,8 @@ def main(argv=None):
         print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
-    while LOG:
-        LOG.pop().close()
+    while data.LOG:
+        data.LOG.pop().close()
     sys.exit(code)
 
 if __name__ == "__main__":

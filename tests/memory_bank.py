@@ -59,7 +59,7 @@ def compare(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sets = [name for name in data.NAMES if name != "cifar10"]  # its anomalies have no bank
+    sets = [name for name in data.SETS if name != "cifar10"]  # its anomalies have no bank
     parser.add_argument("--data", choices=sets, default="toy")
     parser.add_argument("--root", metavar="DIR", help="where the data lies (default data/NAME)")
     parser.add_argument("--classes", nargs="+", metavar="A", help="a subset of the classes")

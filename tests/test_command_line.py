@@ -193,7 +193,7 @@ def parts(script, tmp_path, monkeypatch):
         if sample.label:
             folder = tmp_path / "parts/pill/ground_truth" / defect
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(data.read_mask(sample.image)).save(folder / f"{name}_mask.png")
+            Image.fromarray(data.read_mask(sample.image)[0]).save(folder / f"{name}_mask.png")
     return [*PARTS, "--backbone", BACKBONE[script]]
 
 

@@ -164,8 +164,8 @@ def judge(root, name):
     try:
         dataset = data.load(name, root, log=lines.append)
         samples = dataset.train + dataset.test
-        data.decode(samples, 16, workers=1, progress=False, log=lines.append)
-        masks = data.decode(dataset.test, 16, masks=True, workers=1, progress=False, log=lines.append)
+        data.decode(samples, 16, workers=1, log=lines.append)
+        masks = data.decode(dataset.test, 16, masks=True, workers=1, log=lines.append)
         assert len(masks) == len(dataset.test)
     except data.DataError as error:
         assert "\n" not in str(error) and len(str(error)) > 20

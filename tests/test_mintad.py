@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import metrics
 import mintad
 from test_minimaxad import fill
 
@@ -296,7 +297,7 @@ def test_mlp_goes_without_the_prior():
 # ---------------------------------------------------------------------------------------------- the paper's figures
 
 
-MVTEC = list(mintad.read_table(mintad.TABLES["mvtec", True]))
+MVTEC = list(metrics.read_table(mintad.TABLES["mvtec", True]))
 
 
 def figures(*argv, found=MVTEC):
@@ -393,8 +394,7 @@ def test_muon_learns_and_goes_on_bit_by_bit_after_an_interruption(tmp_path, monk
     samples = [data.Sample(str(i), 0, None, "ab"[i % 2], "ab"[i % 2]) for i in range(8)]
     args = mintad.parse("--optimizer muon --epochs 6 --batch-size 8 --lr 1e-3".split())  # epochs of one step
     settings = {key: getattr(args, key) for key in mintad.SETTINGS}
-    fresh = dict.fromkeys(mintad.STATE) | dict(settings=settings, name="seed1", seed=1, classes=["a", "b"],
-                                               epoch=0)
+    fresh = dict(settings=settings, name="seed1", seed=1, classes=["a", "b"], epoch=0, model=None, optimizer=None)
 
     def model():
         torch.manual_seed(0)
@@ -403,7 +403,7 @@ def test_muon_learns_and_goes_on_bit_by_bit_after_an_interruption(tmp_path, monk
         return model
 
     def loss(model):
-        f, label = model.backbone(mintad.to_device(images, cpu)), mintad.labels_of(samples, ["a", "b"])
+        f, label = model.backbone(data.to_device(images, cpu)), mintad.labels_of(samples, ["a", "b"])
         return mintad.objective(model, model.eval()(f, label), label)[1]["mse"].item()
 
     def train(model, state):
@@ -415,7 +415,7 @@ def test_muon_learns_and_goes_on_bit_by_bit_after_an_interruption(tmp_path, monk
             raise KeyboardInterrupt
 
     straight = model()
-    straight.mean, straight.std = mintad.channel_statistics(straight.backbone(mintad.to_device(images, cpu)))
+    straight.mean, straight.std = mintad.channel_statistics(straight.backbone(data.to_device(images, cpu)))
     first = loss(straight)
     train(straight, dict(fresh))
     assert loss(straight) < 0.95 * first

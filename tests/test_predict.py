@@ -91,7 +91,7 @@ def test_the_model_sees_the_pixels_of_data_decode(tmp_path, mode, size, crop):
         return look(pixels)
 
     assert predict([tmp_path / "a.png"], tmp_path / "out", watch, size, crop)[0]
-    want = data.decode([data.Sample(str(tmp_path / "a.png"), 0, None, "", "")], size, crop, progress=False)
+    want = data.decode([data.Sample(str(tmp_path / "a.png"), 0, None, "", "")], size, crop)
     assert seen[0].dtype == np.uint8 and np.array_equal(seen[0], want)
 
 
