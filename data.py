@@ -1,4 +1,4 @@
-"""Every data set: where its images and masks lie, how they are read, and the cache of decoded images.
+"""Every data set: where its images and masks lie, how they are read, the cache; a run's files and messages.
 
     load("mvtec", "data/mvtec")          which images train and test, their labels and masks
     decode(samples, 224, cache="cache")  their pixels, uint8 N x 224 x 224 x 3, decoded once
@@ -223,7 +223,7 @@ def load(names, root=None, classes=None, normals="01234", log=log):
     class and per warning ("warning: .."). train or test may be empty. Raises DataError.
     """
     parts, found = names.split("+"), []
-    for name in set(parts) - set(SETS):
+    for name in sorted(set(parts) - set(SETS)):
         raise DataError(f"--data {names}: unknown set '{name}'{nearest(name, SETS)}")
     if len(set(parts)) < len(parts):
         raise DataError(f"--data {names}: a set is named twice")
@@ -235,7 +235,7 @@ def load(names, root=None, classes=None, normals="01234", log=log):
         except DataError as error:
             raise DataError(f"{name}: {error}; see {SETS[name].source}") from None
     known, *lists = (sum(each, []) for each in zip(*found))
-    for cls in set(classes or ()) - set(known):
+    for cls in sorted(set(classes or ()) - set(known)):
         raise DataError(f"--classes {cls}: no such class{nearest(cls, known)}")
     return Dataset(names, *lists)
 

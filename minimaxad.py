@@ -454,7 +454,7 @@ def global_loss(encoder_maps, decoder_maps):
 def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0.9995):
     """The loss "local", "local-hm", "adc" or "global" of size x size images; the pixels that enter it."""
     if name == "global":
-        pixels = encoder_maps[0].new_tensor(len(encoder_maps[0]) * size**2)
+        pixels = torch.tensor(len(encoder_maps[0]) * size**2, device=encoder_maps[0].device)
         return global_loss(encoder_maps, decoder_maps), total(pixels)
     S = anomaly_map(encoder_maps, decoder_maps, size, "nearest")
     threshold = 0  # Eq. 7, "local": all pixels. (Eq. 1, the mean of M on each scale, is its predecessor.)
@@ -583,7 +583,7 @@ class Inference(nn.Module):
         return image_score(anomaly_map(*maps, self.size, "bilinear"), self.score)
 
 def judge(model, args, classes, samples, images, device):
-    """Maps N x S x S and scores N of the images, on the first process; no class (-1) is predicted."""
+    """Maps N x S x S and scores N of the images; no class (-1) is predicted."""
     return *infer(Inference(model, args), images, device), [-1] * len(images)
 
 def evaluate(model, state, test, images, masks, args, folder, device):
@@ -705,8 +705,9 @@ def save(folder, state):
 def read_state(path, like=None):
     """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
     state = data.read_tensors(path)
-    with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py", KeyError, TypeError):
+    with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py"):
         settings = {key: state["settings"][key] for key in SETTINGS}
+        [state[key] for key in ("name", "root", "images", "seed", "classes", "epoch", "model", "normal")]
     for key, mine in settings.items() if like else ():
         theirs = like["settings"][key]
         if mine != theirs:
@@ -902,15 +903,16 @@ def infer(network, images, device, *labels):
     for batch in progress(rows.split(32), "inference"):
         x = data.to_device(images[batch.numpy()], device)
         outputs = network(x, *(label[batch].to(device) for label in labels))
-        parts.append([gather(output).cpu() for output in outputs])
+        parts.append([gather(output.cpu()) for output in outputs])
     return [torch.cat(part)[:N].numpy() for part in zip(*parts)]
 
 def gather(x):
     """Rows RANK::WORLD, as many on each process -> all, in order, on every process."""
     if WORLD == 1:
         return x
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return torch.stack(parts, 1).flatten(0, 1)  # n x WORLD x .. -> N x ..
 
 # ---------------------------------------------------------------- the paper's published figures, in %

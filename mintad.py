@@ -550,7 +550,7 @@ class Inference(nn.Module):
         return maps, score, torch.full_like(score, -1) if logits is None else logits.argmax(1).to(score.dtype)
 
 def judge(model, args, classes, samples, images, device):
-    """Maps N x S x S, scores N, predicted classes N of the images; None on all but the first process."""
+    """Maps N x S x S, scores N, predicted classes N of the images."""
     return infer(Inference(model, args), images, device, labels_of(samples, classes))
 
 def evaluate(model, state, test, images, masks, args, folder, device):
@@ -674,8 +674,9 @@ def save(folder, state):
 def read_state(path, like=None):
     """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
     state = data.read_tensors(path)
-    with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py", KeyError, TypeError):
+    with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py"):
         settings = {key: state["settings"][key] for key in SETTINGS}
+        [state[key] for key in ("name", "root", "images", "seed", "classes", "epoch", "model", "normal")]
     for key, mine in settings.items() if like else ():
         theirs = like["settings"][key]
         if mine != theirs:
@@ -880,15 +881,16 @@ def infer(network, images, device, *labels):
     for batch in progress(rows.split(32), "inference"):
         x = data.to_device(images[batch.numpy()], device)
         outputs = network(x, *(label[batch].to(device) for label in labels))
-        parts.append([gather(output).cpu() for output in outputs])
+        parts.append([gather(output.cpu()) for output in outputs])
     return [torch.cat(part)[:N].numpy() for part in zip(*parts)]
 
 def gather(x):
     """Rows RANK::WORLD, as many on each process -> all, in order, on every process."""
     if WORLD == 1:
         return x
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return torch.stack(parts, 1).flatten(0, 1)  # n x WORLD x .. -> N x ..
 
 # ---------------------------------------------------------------- the paper's published figures
