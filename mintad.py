@@ -787,10 +787,7 @@ def save_queries(path, model, samples, images, labels, device):
         q = F.normalize(seen.pop()[0], dim=-1)  # P x D
         pictures.append(metrics.panels([metrics.heat((q @ q.T).cpu().numpy(), 0, 1)], cls, 0, 1))
     hook.remove()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {f"self-attention of the query, classes {i + 1} to {min(i + 5, len(pictures))}": pictures[i:i + 5]
-            for i in range(0, len(pictures), 5)}
-    metrics.sheet(rows, path)
+    metrics.sheet({"self-attention of the query, per class": pictures}, path)
 
 def bench(args, device):
     """Table 6: parameters, multiply-adds, seconds per batch; training steps per second."""
