@@ -394,7 +394,8 @@ def test_muon_learns_and_goes_on_bit_by_bit_after_an_interruption(tmp_path, monk
     samples = [data.Sample(str(i), 0, None, "ab"[i % 2], "ab"[i % 2]) for i in range(8)]
     args = mintad.parse("--optimizer muon --epochs 6 --batch-size 8 --lr 1e-3".split())  # epochs of one step
     settings = {key: getattr(args, key) for key in mintad.SETTINGS}
-    fresh = dict(settings=settings, name="seed1", seed=1, classes=["a", "b"], epoch=0, model=None, optimizer=None)
+    fresh = dict(settings=settings, name="seed1", seed=1, classes=["a", "b"], epoch=0, model=None, optimizer=None,
+                 root=None, images=[], normal=None)
 
     def model():
         torch.manual_seed(0)
