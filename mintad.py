@@ -676,7 +676,8 @@ def read_state(path, like=None):
     state = data.read_tensors(path)
     with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py"):
         settings = {key: state["settings"][key] for key in SETTINGS}
-        [state[key] for key in ("name", "root", "images", "seed", "classes", "epoch", "model", "normal")]
+        for key in "name", "root", "images", "seed", "classes", "epoch", "model", "normal":
+            state[key]  # a KeyError becomes the line above
     for key, mine in settings.items() if like else ():
         theirs = like["settings"][key]
         if mine != theirs:
