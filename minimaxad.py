@@ -17,12 +17,13 @@ Details of the implementation and where each comes from:
 
  1. Encoder: UniRepLKNet's stages 1 to 3, frozen, fused; each output passes a LayerNorm without learned values
     (authors' code: its norm0..2 are not in the ImageNet checkpoint). Any timm CNN can take its place.
- 2. Bottleneck's and decoder's own convolutions have no bias and start by Kaiming, fan out (authors' code).
+ 2. Convolutions of bottleneck and decoder start by Kaiming, fan out, transposed ones by torch's default;
+    those outside the blocks have no bias (authors' code).
  3. Eq. 4's index 0 is a slip for 1. Eq. 8 compares S^2 with a quantile of S (paper and authors' code).
  4. Test: S is blurred (sigma 4), the score its maximum (Reverse Distillation, the authors' first evaluation).
  5. AdamW, lr 5e-3, x 0.995 each epoch, weight decay 5e-5 (authors' code 1e-5), the last batch is kept.
  6. Over several processes every loss, quantile, count and BatchNorm is that of the global batch.
- 7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit by bit.
+ 7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit for bit.
 
 Where the paper and the authors' code disagree, or this file departs from both, the line says so.
 """
@@ -429,8 +430,8 @@ def adc_threshold(pixels, p_hard=0.9999, p_lim=0.9995):
     alpha = quantile(pixels, p_hard)  # of S, although S^2 is compared: so in the paper and the authors' code
     beta = quantile(pixels.square(), p_lim)
     sigma2 = pixels.var()
-    A = (pixels.square() >= alpha - sigma2).sum()
-    N = max(1, len(pixels) * (1 - p_lim))  # with p_lim = 1 no pixel would do
+    A = (pixels.square() >= alpha - sigma2).sum()  # as many as alpha would mine
+    N = max(1, len(pixels) * (1 - p_lim))  # the least to mine; p_lim = 1 would mine none
     return torch.where(A >= N, alpha, beta) - sigma2
 
 def mined_mean(S, threshold):
@@ -965,8 +966,8 @@ def paper_figures(args, found):
     of_set = [metrics.read_table(text) for (name, _), text in TABLES.items() if name == args.data]
     complete = set().union(*of_set) - {"mean"} <= set(found)
     usual = PRESETS.get(key) and PAPER | PRESETS[key] | (RD if args.arch == "rd" else {})
-    if not usual or key[1] and not complete or any(
-            getattr(args, setting) != usual[setting] for setting in ("size", "backbone", "p_hard", "p_lim")):
+    fixed = ["size", "backbone", "p_hard", "p_lim"] + ["loss"] * (args.arch == "rd")
+    if not usual or key[1] and not complete or any(getattr(args, x) != usual[x] for x in fixed):
         return {}
     figures = {row: {column.partition(":")[2]: x for column, x in values.items()
                      if column.startswith(f"{method}:")}

@@ -1,4 +1,5 @@
-"""MINT-AD: class-aware unified anomaly detection, an implicit neural representation as query (2403.14213).
+"""MINT-AD (Toward Multi-class Anomaly Detection: Exploring Class-aware Unified Model against Inter-class
+Interference, arXiv 2403.14213): one model for all classes, its query an implicit neural representation.
 
     python mintad.py                                                    # built-in toy set, no download
     python mintad.py --data mvtec --root data/mvtec --unified           # the paper's main setting (Table 1)
@@ -14,21 +15,22 @@
     q   : B x P x D       INR(positions, z), the transformer decoder's query; q -> mu, log sigma of f'
     r   : B x P x C       f' reconstructed by the transformer; the anomaly map is ||f' - r||
 
-    B batch, C channels, H x W = P positions, D hidden width, K classes, L decoder layers
+    B batch, C channels, H x W = P positions, D hidden width, K classes, L decoder layers, S image side,
+    Z = 32 width of z, E = 3 width of a position
 
 Details of the implementation and where each comes from:
 
  1. Backbone: levels of reduction 2, 4, 8, 16 (CIFAR-10: 32 too), resized bilinearly (align_corners) to 16.
  2. Features are standardised per channel with the training features' mean and deviation: not in the paper,
     but else the few channels of large scale own every loss. `--uniad` uses raw features, as its authors.
- 3. Eq. 4 and 5 are likelihoods of the original features, as Eq. 3 writes it; nothing is detached (objective;
+ 3. Eq. 4 and 5 are likelihoods of the original features, where Eq. 3 starts; nothing is detached (objective;
     README, "What keeps MINT-AD from collapsing"). `--literal` is the objective as printed, without a floor.
- 4. INR: 602,368 weights without the position embedding, the paper's 0.602 M (Table 9); its start is ours.
+ 4. INR: Table 13 and a linear output layer, 602,368 weights: Table 9's 0.602 M. Its start is ours.
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder layers,
     learned row and column positions added to queries and keys, jitter on the input tokens.
- 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. An --lr above the
-    paper's is warmed up to. --optimizer muon is ours.
- 7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit by bit.
+ 6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. An --lr above
+    1e-4 is warmed up to. --optimizer muon is ours.
+ 7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit for bit.
 """
 import argparse
 import contextlib
@@ -193,8 +195,8 @@ class FeaturePrompt(nn.Module):
             if isinstance(layer, nn.Linear):  # torch's default: both softmaxes so flat that z hardly learns
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        # A softmax is at most 1 long, whatever its width: Kaiming would count P * 32 inputs where P count,
-        # and start the head so small that z turns one-hot, often alike for two classes, before the logits.
+        # A softmax's norm is at most 1, whatever its width: P inputs count, not Kaiming's P * 32. With a
+        # small head z turns one-hot, often alike for two classes, before the logits can tell them apart.
         nn.init.normal_(self.channel_encoder[0].weight, std=math.sqrt(2 / P))
         nn.init.normal_(self.head.weight, std=5.0)
 
@@ -398,10 +400,10 @@ def read_text(path, classes):
 def objective(model, outputs, label, literal=False):
     """(Eq. 6, {name: what is logged}) of a batch; outputs: what model(f, label) returns.
 
-    Eq. 3 writes a likelihood of the original features, and for f' = W f + b that is
-        log p(f) = log N(f'; mu, sigma) + log |det W|                     per position.
-    Eq. 5 is a Gaussian's likelihood too, of fixed s = 1/2: -log p(f) = |f' - r|^2 / 2s^2 - log |det W| +
-    const; times 2s^2 / C it is Eq. 5 - 2s^2 log |det W| / C. Without determinants (literal) f' shrinks.
+    Eq. 3 starts from the likelihood of the original features; for f' = W f + b it is, per position,
+        log p(f) = log N(f'; mu, sigma) + log |det W|          (the paper prints no determinant).
+    Eq. 5 is a Gaussian's too, of fixed s = 1/2: -log p(f) = |f' - r|^2 / 2s^2 - log |det W| + const. Times
+    2s^2 / C that is (Eq. 5) - (2s^2 / C) log |det W|. Without determinants (literal) f' shrinks.
     """
     f_, r, logits, gaussian = outputs
     logged = {"mse": F.mse_loss(r, f_)}  # Eq. 5
@@ -460,7 +462,8 @@ def channel_statistics(features):
 def optimizers(model, s, device):
     """[(optimizer, factor of the learning rate)]: the paper's AdamW, or Muon for the transformer's matrices.
 
-    Muon (momentum 0.95, update scaled to AdamW's) at 4 times AdamW's rate: best of 2, 4, 10 in short runs.
+    Muon (momentum 0.95, update scaled to AdamW's) at 4 times AdamW's rate: of 2, 4 and 10 that which left
+    the least of the training images unexplained after 400 steps.
     The query, key and value matrix is taken as one: in three parts it learned the same (README, "Results").
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}

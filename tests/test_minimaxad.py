@@ -626,6 +626,7 @@ def test_paper_figures():
     assert figures("--data", "mad", "--arch", "rd", found=["01Gorilla"]) == {"01Gorilla": {"i_auroc": 0.755}}  # at 400 px
     assert figures("--data", "goodsad", "--arch", "rd", found=["drink_can"])["drink_can"]["aupro"] == 0.819  # at 224 px
     assert figures("--data", "goodsad", "--arch", "rd", "--size", "256", found=["drink_can"]) == {}
+    assert figures("--data", "mvtec", "--unified", "--arch", "rd", "--loss", "adc", found=rows("mvtec", True)) == {}
     assert figures("--data", "visa", found=["candle"]) == {}  # the paper has only the mean over all classes
     assert figures("--data", "visa", found=rows("visa", True))["mean"] == {"i_auroc": 0.964, "aupro": 0.904}
 
