@@ -24,16 +24,18 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun; process 0 speaks and writes
+WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
 LOG = []                               # the run's log.txt, once claim() has opened it
 
 class DataError(Exception):
     """One line for the user: what is wrong, with which file or option, and what to do."""
-
     def __str__(self):
         return printable(super().__str__())
 
@@ -72,7 +74,6 @@ class Sample(NamedTuple):
 Dataset = namedtuple("Dataset", "name classes train test")       # train, test: lists of Sample
 
 # ---------------------------------------------------------------- the walk over a tree
-
 # What Pillow opens, less the formats that it only recognises or hands to other programs
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
             and kind not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")}
@@ -217,16 +218,14 @@ SETS = {
 
 def load(names, root=None, classes=None, normals="01234", log=log):
     """Lists the images of a set, or of several joined by "+", whose classes are then called "set/class".
-
     root: where the set lies, default data/NAME; of joined sets what holds a folder per set, default data.
     classes: a subset. normals: the digits of CIFAR-10's five normal classes. log: called with a line per
-    class and per warning ("warning: .."). train or test may be empty. Raises DataError.
-    """
+    class and per warning ("warning: .."). train or test may be empty. Raises DataError."""
     parts, found = names.split("+"), []
     for name in sorted(set(parts) - set(SETS)):
         raise DataError(f"--data {names}: unknown set '{name}'{nearest(name, SETS)}")
-    if len(set(parts)) < len(parts):
-        raise DataError(f"--data {names}: a set is named twice")
+    if len(set(parts)) < len(parts) or parts[1:] and "cifar10" in parts:
+        raise DataError(f"--data {names}: a set is named twice, or cifar10 is joined with another")
     for name in parts:
         prefix = f"{name}/" * (len(parts) > 1)
         folder = Path(root or "data", name) if prefix or not root else Path(root)
@@ -308,15 +307,6 @@ def nearest(name, known):
     match = difflib.get_close_matches(name, known, 1)
     return "".join(f", did you mean '{other}'?" for other in match) + f"; known: {', '.join(known)}"
 
-def hold_out(samples, share):
-    """bool N: an even share of each class's samples, less than all, to be kept out of the training."""
-    held = np.zeros(len(samples), bool)
-    for cls in {sample.cls for sample in samples}:
-        mine = np.flatnonzero([sample.cls == cls for sample in samples])
-        count = min(round(share * len(mine)), len(mine) - 1)
-        held[mine[np.arange(count) * len(mine) // count]] = True
-    return held
-
 def listing(samples):
     """A line per sample: its path below the deepest folder that holds all, whatever root is, and its size."""
     files = {sample.image for sample in samples if os.path.isfile(sample.image)}
@@ -325,7 +315,6 @@ def listing(samples):
             else name.rpartition("cifar-10-batches-py/")[2] for name in (sample.image for sample in samples)]
 
 # ---------------------------------------------------------------- reading images and masks
-
 Image.MAX_IMAGE_PIXELS = 200_000_000   # Pillow refuses twice as many; line scans are that large
 SOFTWARE = "mint-minimax-ad"           # the text chunk "Software" of the pictures that this program writes
 
@@ -340,10 +329,8 @@ def opened(name):
 
 def read_image(name):
     """Any image as an RGB Pillow image, upright by its EXIF orientation, alpha dropped.
-
     Integers of 0..65535 and floats of 0..1 or 0..255 are scaled to 8 bit. Raises DataError on a file that is
-    missing, truncated, no image, too large, or of any other range, which it names.
-    """
+    missing, truncated, no image, too large, or of any other range, which it names."""
     if name.startswith("toy:"):
         return Image.fromarray(toy_image(name)[0])
     if name.startswith("cifar10:"):
@@ -393,9 +380,7 @@ def read_mask(name):
 
 def find_images(patterns):
     """Files, folders (with subfolders; links to folders are not followed), globs -> paths in natural order.
-
-    Folders and globs yield no hidden files and none of the program's own pictures. DataError: no image.
-    """
+    Folders and globs yield no hidden files and none of the program's own pictures. DataError: no image."""
     found = {}                         # as an ordered set: overlapping patterns name a file once
     for pattern in patterns:
         paths, named = [], [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
@@ -414,16 +399,16 @@ def is_own(path):                      # a picture that this program wrote
         return image.info.get("Software") == SOFTWARE
 
 # ---------------------------------------------------------------- decoding, and the cache of decoded images
-
 def decode(samples, size, crop=None, masks=False, cache=None, workers=None, name="", log=log):
     """The samples' images or masks, resized to size x size, then the central crop x crop (S = crop or size).
-
     Returns uint8 N x S x S x 3 (RGB, bilinear; CIFAR-10 Lanczos, as UniAD), or with masks bool N x S x S
     (nearest; zeros without a mask): in memory, or with cache=DIR memory-mapped, read-only, from a file that
     is used again while the files and all that shapes the pixels are the same. workers: threads. log: called
     with a line per class and oddity of its masks. DataError: an unreadable image, a cache not to be written.
     """
     side, settings = crop or size, {"size": size, "crop": crop, "masks": masks}
+    if side > size:
+        raise DataError(f"--crop {crop} is larger than --size {size}")
     record = np.dtype([("pixels", bool if masks else np.uint8, (side, side) if masks else (side, side, 3)),
                        ("notes", bool, len(NOTES))])
 
@@ -451,7 +436,7 @@ def to_device(images, device):
 
 def decode_one(sample, size, crop, masks):
     """uint8 S x S x 3 or bool S x S, and its notes."""
-    notes, inner = [False] * len(NOTES), crop or size
+    notes = [False] * len(NOTES)
     if masks:
         mask = np.zeros((size, size), bool)
         if sample.mask:
@@ -460,9 +445,7 @@ def decode_one(sample, size, crop, masks):
     else:
         image, is_cifar = read_image(sample.image), sample.image.startswith("cifar10:")
         method = Image.Resampling.LANCZOS if is_cifar else Image.Resampling.BILINEAR
-    edge = round((size - inner) / 2)
-    image = image.resize((size, size), method).crop((edge, edge, edge + inner, edge + inner))
-    return np.asarray(image), notes
+    return np.asarray(center_crop(image.resize((size, size), method), crop or size)), notes
 
 def cached(folder, samples, settings, record, images, log):
     """The records (pixels, notes) of these samples, memory-mapped from their cache file, written if need be.
@@ -494,7 +477,6 @@ def fingerprint(name):
     return os.path.abspath(name), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 # ---------------------------------------------------------------- files of a run
-
 @contextlib.contextmanager
 def atomic(path, hint=""):
     """Yields a temporary path beside path, of its suffix; renamed to path at success, removed on error.
@@ -512,10 +494,8 @@ def atomic(path, hint=""):
 
 def claim(folder, program, resume):
     """Makes a run's folder and returns its log.txt, open to append text and locked until it is closed.
-
     Raises DataError if the folder cannot be written, holds files but no ".PROGRAM", by which the program
-    marks its own, if another run has it, or if it holds a run (seed*.pt) and resume is false.
-    """
+    marks its own, if another run has it, or if it holds a run (seed*.pt) and resume is false."""
     folder, mark = Path(folder), Path(folder, f".{program}")
     with explain(f"--out {folder}: cannot write there", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -540,6 +520,24 @@ def read_tensors(path):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):      # some scripts save their arguments
             return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+def load_weights(net, name, weights, key_in_file=str):
+    """Fill net from a checkpoint FILE, its tensors at the top or under "model", "models" or "state_dict".
+    weights: FILE; "none": net stays untrained; None: timm's download of the model called name.
+    key_in_file: net's key -> the file's. DataError: unreadable, no download, tensor missing or misshapen."""
+    if weights == "none":
+        return
+    with explain(f"--backbone {name}: cannot download its weights, --weights FILE takes a local file"):
+        state = read_tensors(weights) if weights else timm.create_model(name, pretrained=True).state_dict()
+    for key in ("model", "models", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    found = {str(key).replace(".", "_"): x for key, x in state.items()}       # timm: stages_0 for stages.0
+    wanted = {key: key_in_file(key).replace(".", "_") for key in net.state_dict()}
+    tensors = {key: found[theirs] for key, theirs in wanted.items() if theirs in found}
+    with explain(f"--weights {weights}: does not fit {name}"):
+        net.load_state_dict(tensors)   # strict, but for BatchNorm's num_batches_tracked
+    rest = len(found) - len(tensors)
+    log(f"{name}: {len(tensors)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
 
 # ---------------------------------------------------------------- the toy set
 # Two textures and two objects, drawn from a seed that is the image's name

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import timeit
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -27,14 +28,12 @@ import data
 METRICS = {"i_auroc": "I-AUROC", "p_auroc": "P-AUROC", "p_aupr": "P-AUPR", "aupro": "AUPRO"}
 
 # ---------------------------------------------------------------- metrics and the result table
-
 def image_auroc(scores, labels):
     """AUROC of N image scores for N labels (0 good, 1 defective), nan for one label."""
     return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else math.nan
 
 def pixel_metrics(maps, masks, fpr_limit=0.3):
     """Exact pixel metrics of one class: {"p_auroc", "p_aupr", "aupro"}, nan if all pixels have one label.
-
     maps: N x H x W floats (higher = more anomalous). masks: N x H x W, nonzero = defect. fpr_limit: AUPRO's
     upper false positive rate, in (0, 1]. Normal pixels of defective images count as normal pixels.
     Raises data.DataError naming the index of the first map that is not finite.
@@ -42,8 +41,7 @@ def pixel_metrics(maps, masks, fpr_limit=0.3):
     An anomalous pixel of score s enters the ROC curve where the threshold passes s. Nothing but the false
     positive rate just above s and the one at s (they differ if normal pixels tie with s) decides what it adds
     to the three areas. So each area is a mean over the anomalous pixels, and takes a sort of the normal
-    pixels, one of the anomalous ones, which are far fewer, and look-ups.
-    """
+    pixels, one of the anomalous ones, which are far fewer, and look-ups."""
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1], not {fpr_limit}")
     maps, masks = np.asarray(maps), np.asarray(masks, dtype=bool)
@@ -81,13 +79,11 @@ def region_weights(masks):
 
 def evaluate(samples, scores, maps, masks, log=None):
     """All metrics of each row of the result table, and their mean over the rows, undefined ones left out.
-
     samples: N data.Sample. scores: N. maps, masks: as for pixel_metrics. A row with a defective image of
     unknown mask has no pixel metrics: its defects would count as normal pixels. log: called with a line that
     says why, for each row without I-AUROC or pixel metrics.
     Returns {"classes": {row: {"i_auroc", "p_auroc", "p_aupr", "aupro"}}, "mean": {the same}}, rows in order
-    of first appearance. Raises data.DataError naming the first image whose score or map is not finite.
-    """
+    of first appearance. Raises data.DataError naming the first image whose score or map is not finite."""
     scores, classes = np.asarray(scores), {}
     for what, values in ("score", scores), ("anomaly map", maps):
         for sample, value in zip(samples, values, strict=True):
@@ -120,11 +116,10 @@ def reduce(function, results, least=1):
     return {key: function(v) if len(v) >= least else math.nan for key, v in values.items()}
 
 def over_seeds(results):
-    """Mean over seeds of {seed: evaluate's result}, in the same form, with "seeds" (the results) and "std".
-
-    "std" is the sample standard deviation (n - 1) of the seeds' means. A single seed's result stays as it is.
-    Raises data.DataError if the seeds have different rows, as the checkpoints of an unfinished run may.
-    """
+    """{seed: {row: {metric: value}}} in evaluate's form; several seeds' mean with "seeds" (theirs) and "std".
+    "std" is the sample standard deviation (n - 1) of the seeds' means.
+    Raises data.DataError if the seeds have different rows, as the checkpoints of an unfinished run may."""
+    results = {seed: {"classes": classes, "mean": mean(classes)} for seed, classes in results.items()}
     runs = list(results.values())
     rows = dict.fromkeys(row for run in runs for row in run["classes"])
     for seed, run in results.items():
@@ -139,10 +134,8 @@ def over_seeds(results):
 
 def table(result, paper=None):
     """The result as text: a line per row and their mean, three decimals, `-` if undefined, `±` over seeds.
-
     Joined sets (rows as mvtec/bottle) have a mean each, too.
-    paper: {row or "mean": {metric: the paper's figure}}; such a metric gets a column "paper" beside it.
-    """
+    paper: {row or "mean": {metric: the paper's figure}}; such a metric gets a column "paper" beside it."""
     def with_means(run):
         sets = {}
         for row, values in run["classes"].items():
@@ -183,8 +176,15 @@ def save_json(path, args, result):
     with data.atomic(path) as temporary:
         Path(temporary).write_text(json.dumps(finite, indent=2))
 
-# ---------------------------------------------------------------- pictures
+def storage(model):
+    """Size of a model's tensors in MiB."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
 
+def seconds(function):
+    """Median time of function(), which must wait for the device; the first call is not counted."""
+    return np.median(timeit.repeat(function, number=1, repeat=6)[1:])
+
+# ---------------------------------------------------------------- pictures
 # Lightness (CIELAB L*) rises evenly from the first colour to the last: brighter always means more anomalous.
 RAMP = np.array([[18, 22, 58], [44, 46, 112], [120, 64, 150], [198, 84, 132], [242, 128, 90], [252, 188, 86],
                  [252, 242, 170]])
@@ -260,9 +260,7 @@ def save(picture, path):
 
 def picture_names(names):
     """A PNG's name for each of N file names: 000.png for 000.png, but 000.jpg.png for 000.jpg.
-
-    Names that are equal, or differ only in case (which some file systems ignore), get _2, _3 and so on.
-    """
+    Names that are equal, or differ only in case (which some file systems ignore), get _2, _3 and so on."""
     pictures = {}
     for name in names:
         stem = name.removesuffix(".png")
@@ -277,8 +275,7 @@ def save_maps(folder, samples, images, masks, maps, scores, normal, quantile):
     """A strip per test image in folder/ROW/: image | mask, grey if it is not known | heat over the image; and
     folder/ROW.png: worst misses, worst false alarms, best hits.
 
-    images: uint8 N x S x S x 3. masks, maps: N x S x S. scores: N. normal: see calibrate.
-    """
+    images: uint8 N x S x S x 3. masks, maps: N x S x S. scores: N. normal: see calibrate."""
     def strip(i, size=256):
         sample, (low, high) = samples[i], scale(normal, quantile, samples[i].cls)
         truth = np.where(masks[i], 255, 0) if sample.mask or not sample.label else np.full_like(maps[i], 128)
@@ -295,12 +292,18 @@ def save_maps(folder, samples, images, masks, maps, scores, normal, quantile):
         sheet(cells, Path(folder, f"{row}.png"))
 
 # ---------------------------------------------------------------- verdicts on images
+def hold_out(samples, share):
+    """bool N: an even share of each class's samples, less than all, to be kept out of the training."""
+    held = np.zeros(len(samples), bool)
+    for cls in {sample.cls for sample in samples}:
+        mine = np.flatnonzero([sample.cls == cls for sample in samples])
+        count = min(round(share * len(mine)), len(mine) - 1)
+        held[mine[np.arange(count) * len(mine) // count]] = True
+    return held
 
 def calibrate(maps, scores, classes, held_out):
     """What normal images look like to a model, for threshold and scale, as a checkpoint can keep it.
-
-    maps: N x H x W and scores: N of normal images. classes: their N names. held_out: not trained on.
-    """
+    maps: N x H x W and scores: N of normal images. classes: their N names. held_out: not trained on."""
     return {"held_out": held_out, "classes": list(classes), "scores": np.asarray(scores).tolist(),
             "peaks": maps.max((1, 2)).tolist(), "medians": np.median(maps, axis=(1, 2)).tolist()}
 
@@ -320,12 +323,10 @@ def scale(normal, quantile, cls):
 
 def predict(files, look, size, crop, normal, quantile, folder, log):
     """Judge image files: a line, a row of folder/predictions.csv and a picture each. True if all could be.
-
     look: uint8 N x S x S x 3 (see data.decode) -> maps N x S x S, scores N, class names N (or None). A score
     above the quantile of the normal images' scores (of the same class, where it is known) is defective. An
     image that cannot be read or judged costs that image: its verdict is "unreadable" or "failed". Raises
-    data.DataError before the first image, see clear, or if a picture cannot be written (OSError: the csv).
-    """
+    data.DataError before the first image, see clear, or if a picture cannot be written (OSError: the csv)."""
     pictures, stated, ok = picture_names([Path(file).name for file in files]), set(), True
     clear(folder, files, pictures)
     with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as out:
@@ -370,10 +371,8 @@ def clear(folder, files, pictures):
 
 def read(file, size, crop):
     """uint8 1 x S x S x 3 as by data.decode, and the PIL image to show, from one decoding of the file."""
-    image, side = data.read_image(file), crop or size
-    edge = round((size - side) / 2)
-    square = image.resize((size, size), Image.Resampling.BILINEAR)
-    square = square.crop((edge, edge, edge + side, edge + side))
+    image = data.read_image(file)
+    square = data.center_crop(image.resize((size, size), Image.Resampling.BILINEAR), crop or size)
     shown = square if crop else image
     return np.asarray(square)[None], shown.resize(fit(shown.size, 384), Image.Resampling.BILINEAR)
 

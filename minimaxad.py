@@ -13,10 +13,10 @@ decoder that mirrors the network learn to reproduce those of normal images; wher
     maps        list of three tensors B x C_k x H_k x W_k, from fine to coarse
     S           anomaly map, B x H x W at the image's size
 
-Details of the implementation and where each comes from:
+Details and their sources; where paper and authors' code disagree, or this file differs, the line says so:
 
  1. Encoder: UniRepLKNet's stages 1 to 3, frozen, fused; each output passes a LayerNorm without learned values
-    (authors' code: its norm0..2 are not in the ImageNet checkpoint). Any timm CNN can take its place.
+    (the authors' norm0..2 are not in the ImageNet checkpoint, so stay 1 and 0). Or any timm CNN.
  2. Convolutions of bottleneck and decoder start by Kaiming, fan out, transposed ones by torch's default;
     those outside the blocks have no bias (authors' code).
  3. Eq. 4's index 0 is a slip for 1. Eq. 8 compares S^2 with a quantile of S (paper and authors' code).
@@ -24,21 +24,16 @@ Details of the implementation and where each comes from:
  5. AdamW, lr 5e-3, x 0.995 each epoch, weight decay 5e-5 (authors' code 1e-5), the last batch is kept.
  6. Over several processes every loss, quantile, count and BatchNorm is that of the global batch.
  7. Each epoch sets the random state from (seed, epoch, process): a checkpoint alone continues bit for bit.
-
-Where the paper and the authors' code disagree, or this file departs from both, the line says so.
 """
 import argparse
 import contextlib
 import copy
 import ctypes
-import difflib
-import io
 import math
 import os
 import platform
 import sys
 import time
-import timeit
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
@@ -54,15 +49,12 @@ from scipy import ndimage
 from timm.layers import LayerNorm2d, SEModule
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import fusion
 
 import data
 import metrics
-from data import RANK, log, progress
+from data import LOCAL_RANK, RANK, WORLD, log, progress
 
 # ---------------------------------------------------------------- settings
-
 PAPER = dict(data="toy", root=None, unified=False, classes=None, normals="01234", size=256, crop=None,
              augment=False, arch="minimax", backbone="unireplknet_n", weights=None, loss=None, p_hard=0.9999,
              p_lim=0.9995, seed=[1], epochs=None, batch_size=16, lr=5e-3, gamma=0.995, weight_decay=5e-5,
@@ -79,12 +71,11 @@ RD = dict(backbone="wide_resnet50_2.tv_in1k", epochs=200, gamma=1.0, weight_deca
 TOY = dict(unified=True, size=128, epochs=6, loss="adc", backbone="unireplknet_a", weights="none",
            holdout=0.1)
 SETTINGS = [key for key in PAPER if key not in ("root", "seed")]  # a checkpoint keeps them
+PROGRAM = Path(__file__).stem
 
 # ---------------------------------------------------------------- layers
-
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm with the global batch's training statistics, on a CPU too (torch's SyncBatchNorm: GPUs)."""
-
     def forward(self, x):
         if not self.training or WORLD == 1:
             return super().forward(x)
@@ -103,7 +94,6 @@ class BatchNorm(nn.BatchNorm2d):
 
 class GRN(nn.Module):
     """Global response normalisation of B x H x W x C."""
-
     def __init__(self, channels):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
@@ -117,7 +107,6 @@ class GRN(nn.Module):
 
 class Depthwise(nn.Conv2d):
     """Depthwise convolution, on a CPU in float32: in bfloat16 torch's weight gradient, dilated, is wrong."""
-
     def __init__(self, channels, kernel, dilation=1):
         super().__init__(channels, channels, kernel, padding=dilation * (kernel - 1) // 2, dilation=dilation,
                          groups=channels, bias=False)
@@ -128,7 +117,6 @@ class Depthwise(nn.Conv2d):
 
 class DilatedReparam(nn.Module):
     """Depthwise 13 x 13 convolution plus parallel small dilated ones, each with its BatchNorm, summed."""
-
     BRANCHES = (5, 1), (7, 2), (3, 3), (3, 4), (3, 5)  # kernel, dilation: all reach within 13 x 13
 
     def __init__(self, channels):
@@ -158,12 +146,10 @@ class DilatedReparam(nn.Module):
 
 def layout(x):
     """Channels last on a CPU, where it trains faster; first elsewhere, as torch's CUDA depthwise kernels."""
-    last = x.device.type == "cpu"
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return x.contiguous(memory_format=torch.channels_last if x.is_cpu else torch.contiguous_format)
 
 class Block(nn.Module):
     """UniRepLKNet's block: SmaK with a depthwise 3 x 3, LarK with the dilated reparam 13 x 13 convolution."""
-
     def __init__(self, channels, kernel):
         super().__init__()
         self.dwconv = DilatedReparam(channels) if kernel == 13 else Depthwise(channels, kernel)
@@ -184,7 +170,6 @@ class Block(nn.Module):
 
 class Residual(nn.Module):
     """ResNet's block, basic (width = out) or bottleneck; mode "down" halves the size, "up" doubles it."""
-
     def __init__(self, in_channels, width, out_channels, mode="same"):
         super().__init__()
         if width == out_channels:
@@ -212,20 +197,17 @@ def halve(in_channels, out_channels):
 def fold(layer, bn):
     """A copy of a convolution or linear layer with the BatchNorm after it folded in."""
     if isinstance(layer, nn.Linear):
-        return fusion.fuse_linear_bn_eval(layer, bn)
-    return fusion.fuse_conv_bn_eval(layer, bn, transpose=isinstance(layer, nn.ConvTranspose2d))
+        return nn.utils.fuse_linear_bn_eval(layer, bn)
+    return nn.utils.fuse_conv_bn_eval(layer, bn, transpose=isinstance(layer, nn.ConvTranspose2d))
 
 def fuse(model):
     """A copy of the model for inference that gives, up to rounding, the model's output in eval mode.
-
     A dilated reparam becomes one convolution, a BatchNorm goes into the layer registered before it (here and
-    in timm the one that feeds it), a GRN's beta into the layer after it.
-    """
+    in timm the one that feeds it), a GRN's beta into the layer after it."""
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, DilatedReparam):
-                setattr(parent, name, child.fused())
+        if isinstance(parent, Block) and isinstance(parent.dwconv, DilatedReparam):
+            parent.dwconv = parent.dwconv.fused()
         for (name, layer), (bn_name, bn) in pairwise(list(parent.named_children())):
             linear = isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
             if linear and type(bn) in (nn.BatchNorm2d, BatchNorm):
@@ -237,7 +219,6 @@ def fuse(model):
     return model.requires_grad_(False)
 
 # ---------------------------------------------------------------- model
-
 UNIREPLKNET = {  # channels of stage 1, doubled from stage to stage; kernels of the blocks of stages 1 to 3
     "unireplknet_a": (40, [3] * 2, [13] * 2, [13] * 6),
     "unireplknet_f": (48, [3] * 2, [13] * 2, [13] * 6),
@@ -251,7 +232,6 @@ def stage(channels, kernels):
 
 class UniRepLKNet(nn.Module):
     """Stem and stages 1 to 3 of UniRepLKNet: B x 3 x H x W -> maps."""
-
     def __init__(self, name):
         super().__init__()
         c, *self.kernels = UNIREPLKNET[name]
@@ -263,7 +243,6 @@ class UniRepLKNet(nn.Module):
             nn.Sequential(nn.Conv2d(2 * c, 4 * c, 3, 2, 1), LayerNorm2d(4 * c)),
         ])
         self.stages = nn.ModuleList(map(stage, self.channels, self.kernels))
-        # The authors' norm0..2 are not in the ImageNet checkpoint and not trained: weight 1, bias 0.
         self.norms = nn.ModuleList(LayerNorm2d(channels, affine=False) for channels in self.channels)
 
     def forward(self, image):
@@ -275,7 +254,6 @@ class UniRepLKNet(nn.Module):
 
 class TimmEncoder(nn.Module):
     """A timm CNN's features at strides 4, 8, 16; its decoder has as many blocks as UniRepLKNet-N's."""
-
     def __init__(self, name):
         super().__init__()
         with data.explain(f"--backbone {name}: not a CNN with features at strides 4, 8, 16"):
@@ -293,27 +271,19 @@ class TimmEncoder(nn.Module):
 
 def load_encoder(name, weights):
     """The frozen encoder, fused for inference: standardised images B x 3 x H x W -> maps.
-
-    name: a key of UNIREPLKNET or any timm CNN that has features at strides 4, 8 and 16.
-    weights: a checkpoint FILE; "none": untrained; None: timm's download.
-    Its buffers mean and std, 3 x 1 x 1, standardise RGB in 0..1. DataError: as TimmEncoder and load_weights.
-    """
+    name: a key of UNIREPLKNET or any timm CNN of strides 4, 8, 16. weights, errors: data.load_weights.
+    Its buffers mean and std, 3 x 1 x 1, standardise RGB in 0..1."""
     mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
     if name in UNIREPLKNET:
         encoder = UniRepLKNet(name)
         if weights is None:
-            raise data.DataError(f"--backbone {name}: pass --weights FILE, an ImageNet-1K checkpoint linked "
-                                 "from https://github.com/AILab-CVC/UniRepLKNet, or --weights none for an "
-                                 "untrained encoder")
-        load_weights(encoder, name, weights, authors_key)
-    elif timm.is_model(name):
-        encoder = TimmEncoder(name)
-        load_weights(encoder.net, name, weights)
-        config = timm.data.resolve_model_data_config(encoder.net)
-        mean, std = config["mean"], config["std"]
+            raise data.DataError(f"--backbone {name}: pass --weights FILE, the ImageNet-1K checkpoint from "
+                                 "https://github.com/AILab-CVC/UniRepLKNet, or --weights none (untrained)")
+        data.load_weights(encoder, name, weights, authors_key)
     else:
-        close = difflib.get_close_matches(name, [*timm.list_models(), *UNIREPLKNET], 1, cutoff=0)[0]
-        raise data.DataError(f"--backbone {name}: unknown, did you mean {close}?")
+        encoder = TimmEncoder(name)
+        data.load_weights(encoder.net, name, weights)
+        mean, std = encoder.net.pretrained_cfg["mean"], encoder.net.pretrained_cfg["std"]
     encoder.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
     encoder.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
     return fuse(encoder)
@@ -328,7 +298,6 @@ def authors_key(key):
 
 class Bottleneck(nn.Module):
     """Three maps, brought to the size and width of the third, `compress`ed: -> B x 2C_3 x H_3/2 x W_3/2."""
-
     def __init__(self, channels, compress):
         super().__init__()
         c1, c2, c3 = channels
@@ -337,8 +306,7 @@ class Bottleneck(nn.Module):
         self.compress = compress
 
     def forward(self, maps):
-        x = torch.cat([self.from1(maps[0]), self.from2(maps[1]), maps[2]], 1)  # B x 3C_3 x H_3 x W_3
-        return self.compress(x)
+        return self.compress(torch.cat([self.from1(maps[0]), self.from2(maps[1]), maps[2]], 1))  # of 3C_3
 
 def minimax(encoder):
     """MiniMaxAD's bottleneck and the decoder's three stages, which mirror the encoder's."""
@@ -355,8 +323,7 @@ def reverse_distillation(encoder):
     """Bottleneck and decoder of the baseline: residual stages. DataError if the encoder is no timm ResNet."""
     layers = [getattr(getattr(encoder, "net", None), f"layer{k}", None) for k in (1, 2, 3)]
     if None in layers:
-        raise data.DataError("--arch rd needs a ResNet: --backbone wide_resnet50_2.tv_in1k, "
-                             "resnet18.tv_in1k, ...")
+        raise data.DataError("--arch rd needs a ResNet, for example --backbone wide_resnet50_2.tv_in1k")
     outputs, stages = encoder.channels, []
     widths, depths = [layer[0].conv1.out_channels for layer in layers], [len(layer) for layer in layers]
     channels = 2 * outputs[2]
@@ -372,9 +339,7 @@ def residual_stage(in_channels, width, out_channels, mode, depth):
 
 class MiniMaxAD(nn.Module):
     """Frozen encoder, bottleneck and decoder: standardised images B x 3 x H x W -> encoder's, decoder's maps.
-
-    arch: "minimax", or "rd" for Reverse Distillation, whose encoder is a timm ResNet (otherwise DataError).
-    """
+    arch: "minimax", or "rd" for Reverse Distillation, whose encoder is a timm ResNet (else DataError)."""
     needs_label = False  # at test time
 
     def __init__(self, encoder, arch="minimax"):
@@ -400,7 +365,6 @@ class MiniMaxAD(nn.Module):
         return encoder_maps, decoder_maps
 
 # ---------------------------------------------------------------- losses
-#
 # Every loss is this process's part of the loss of the global batch, which may be split unevenly, with nothing
 # for some: the parts, and so their gradients, add up to what one process gets for the whole batch.
 
@@ -414,11 +378,7 @@ def all_pixels(S):
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 def quantile(x, p):
-    """p-quantile of the elements of x, interpolated linearly as torch.quantile does, but fast for p near 1.
-
-    Any number of elements will do, which torch.quantile limits.
-    """
-    x = x.flatten()
+    """p-quantile of a vector x as torch.quantile's, but fast for p near 1 and of any number of elements."""
     rank = p * (len(x) - 1)
     k = len(x) - int(rank)  # the k largest end at the element just below the rank
     top = x.topk(k).values
@@ -448,8 +408,7 @@ def adc_loss(S, p_hard=0.9999, p_lim=0.9995):
 def global_loss(encoder_maps, decoder_maps):
     """Eq. 2: 1 - cosine of the flattened maps, summed over the scales, mean over the batch."""
     batch = int(total(torch.tensor(len(encoder_maps[0]))))
-    pairs = zip(encoder_maps, same_size(encoder_maps, decoder_maps))
-    flat = [(e.float().flatten(1), d.float().flatten(1)) for e, d in pairs]
+    flat = [(e.flatten(1), d.flatten(1)) for e, d in pairs(encoder_maps, decoder_maps)]
     return sum(1 - F.cosine_similarity(e, d) for e, d in flat).sum() / batch
 
 def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0.9995):
@@ -466,40 +425,32 @@ def training_loss(name, encoder_maps, decoder_maps, size, p_hard=0.9999, p_lim=0
     return mined_mean(S, threshold)
 
 # ---------------------------------------------------------------- anomaly map and score
-
-def same_size(encoder_maps, decoder_maps):
-    """The decoder's maps, resized (nearest) to the encoder's: at 400 pixels 104, 52, 26 to 100, 50, 25."""
-    pairs = zip(encoder_maps, decoder_maps)
-    return [d if d.shape == e.shape else F.interpolate(d, e.shape[2:]) for e, d in pairs]
+def pairs(encoder_maps, decoder_maps):
+    """Both maps of each scale, the decoder's resized (nearest): at 400 pixels 104, 52, 26 to 100, 50, 25."""
+    for e, d in zip(encoder_maps, decoder_maps):
+        yield e.float(), (d if d.shape == e.shape else F.interpolate(d, e.shape[2:])).float()
 
 def anomaly_map(encoder_maps, decoder_maps, size, mode):
     """Eq. 4: S, B x H x W with (H, W) = size or (size, size), from 0 (as expected) to 6.
-
-    mode: how the scales are brought to that size: "nearest" (training) or "bilinear", corners aligned (test).
-    """
+    mode: how scales are resized, "nearest" (training) or "bilinear" with aligned corners (test)."""
     S, options = 0, {"align_corners": True} if mode == "bilinear" else {}
-    for e, d in zip(encoder_maps, same_size(encoder_maps, decoder_maps)):
-        M = 1 - F.cosine_similarity(e.float(), d.float(), dim=1)  # Eq. 3, B x H_k x W_k
+    for e, d in pairs(encoder_maps, decoder_maps):
+        M = 1 - F.cosine_similarity(e, d, dim=1)  # Eq. 3, B x H_k x W_k
         S = S + F.interpolate(M[:, None], size, mode=mode, **options)[:, 0]  # B x H x W
     return S  # authors' code: S / 3 at test time
 
-def gaussian_blur(S, radius, mirror, sigma=4.0):
-    """B x H x W convolved with a Gaussian cut off at radius; the border zero or mirrored (c b a | a b c)."""
-    mode = "reflect" if mirror else "constant"
-    rows, columns = (ndimage.gaussian_filter1d(np.eye(length), sigma, 0, mode=mode, radius=radius)
+def gaussian_blur(S, radius, mode):
+    """B x H x W convolved with a Gaussian of sigma 4 cut off at radius; mode: SciPy's, for the border."""
+    rows, columns = (ndimage.gaussian_filter1d(np.eye(length), 4.0, 0, mode=mode, radius=radius)
                      for length in S.shape[1:])
     return S.new_tensor(rows) @ S @ S.new_tensor(columns).T
 
 def image_score(S, score="max"):
     """The blurred map, B x H x W, and the image scores, B. score:
-
-    "max", "mean" (CIFAR-10): of the map blurred as by scipy.ndimage.gaussian_filter(sigma=4) (Reverse
-    Distillation and the authors' first evaluation).
-    "max5x5", "top1": maximum, or mean of the top 1 %, after a 5 x 5 kernel of sigma 4 with zeros beyond the
-    border (the authors' later evaluations, the former on VisA).
-    """
+    "max", "mean" (CIFAR-10): blurred as in Reverse Distillation and the authors' first evaluation.
+    "max5x5", "top1": maximum, or mean of the top 1 %, of the authors' later ones, the former on VisA."""
     small = score in ("max5x5", "top1")
-    S = gaussian_blur(S, 2, mirror=False) if small else gaussian_blur(S, 16, mirror=True)
+    S = gaussian_blur(S, 2, "constant") if small else gaussian_blur(S, 16, "reflect")  # 0 or c b a | a b c
     pixels = S.flatten(1)  # B x HW
     if score == "top1":
         return S, pixels.topk(max(1, pixels.shape[1] // 100)).values.mean(1)
@@ -507,24 +458,20 @@ def image_score(S, score="max"):
 
 def map_variance(maps):
     """Figure 3c: variance of the L2-normalised maps, summed over the scales.
-
-    At most the sum of 1 / C_k, reached at mean zero: 0.0219 for UniRepLKNet-N, 0.0068 for a ResNet-50.
-    """
+    At most the sum of 1 / C_k, reached at mean zero: 0.0219 for UniRepLKNet-N, 0.0068 for a ResNet-50."""
     return sum(F.normalize(m.float(), dim=1).var() for m in maps)
 
 # ---------------------------------------------------------------- train
-
 def train(model, state, samples, images, index, folder, device):
     """Train bottleneck and decoder in place on images[index], from where state stops; saved each epoch."""
     s = argparse.Namespace(**state["settings"])
     size, name = s.crop or s.size, state["name"]
-    parameters = [p for p in model.parameters() if p.requires_grad]
     Adam, betas = (torch.optim.Adam, (0.5, 0.999)) if s.arch == "rd" else (torch.optim.AdamW, (0.9, 0.999))
-    fused = device.type in ("cpu", "cuda")
-    optimizer = Adam(parameters, s.lr, betas, weight_decay=s.weight_decay, fused=fused)
+    optimizer = Adam([p for p in model.parameters() if p.requires_grad], s.lr, betas,
+                     weight_decay=s.weight_decay, fused=device.type in ("cpu", "cuda"))
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
     for epoch in range(state["epoch"], s.epochs):
         start, losses, mined = time.time(), 0.0, 0.0
         for group in optimizer.param_groups:
@@ -549,12 +496,10 @@ def train(model, state, samples, images, index, folder, device):
             losses, mined = losses + loss.detach(), mined + count
         loss, mined = total(losses).item() / len(batches), mined.item() / len(batches)
         if not math.isfinite(loss):
-            raise data.DataError(f"training diverged in epoch {epoch + 1}; the last checkpoint is good. "
-                                 "Lower --lr")
-        spread = [map_variance(maps).item() for maps in (encoder_maps, decoder_maps)]
+            raise data.DataError(f"diverged in epoch {epoch + 1}; the last checkpoint is good. Lower --lr")
+        encoder, decoder = (map_variance(maps).item() for maps in (encoder_maps, decoder_maps))
         log(f"{name} epoch {epoch + 1}/{s.epochs}: {s.loss} loss {loss:.5f}, mined pixels {mined:.0f}, "
-            f"variance of the maps {spread[0]:.5f} encoder {spread[1]:.5f} decoder, "
-            f"{time.time() - start:.1f} s")
+            f"variance of the maps {encoder:.5f} encoder {decoder:.5f} decoder, {time.time() - start:.1f} s")
         state.update(epoch=epoch + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
         save(folder, state)
 
@@ -570,10 +515,8 @@ def augmented(samples, size, device):
     return images.to(device, non_blocking=True).float() / 255
 
 # ---------------------------------------------------------------- evaluate
-
 class Inference(nn.Module):
     """The fused network: image B x 3 x S x S in 0..1 -> anomaly map B x S x S, score B."""
-
     def __init__(self, model, args):
         super().__init__()
         self.model, self.size, self.score = fuse(model), args.crop or args.size, args.score
@@ -602,15 +545,14 @@ def evaluate(model, state, test, images, masks, args, folder, device):
     return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
 
 # ---------------------------------------------------------------- a run and its files
-
 def train_run(args, device):
     """Train and evaluate a model per seed and, unless --unified, per class; then the table."""
-    folder, results = claim(args), {}
+    folder, results = claim(args), {seed: {} for seed in args.seed}
     settings = {key: getattr(args, key) for key in SETTINGS}
     log(f"{PROGRAM}.py: {show(settings)}, seeds {args.seed}, {WORLD} process(es), {device}")
     dataset, *test = load(args)
     images = decode(args, dataset.train, "training images")
-    held_out = data.hold_out(dataset.train, args.holdout)
+    held_out = metrics.hold_out(dataset.train, args.holdout)
     if args.weights == "none":
         log("warning: the backbone is untrained (--weights none): good to see the code run, not for results")
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
@@ -625,8 +567,7 @@ def train_run(args, device):
             # sizes, normal is, once trained, what normal images look like to the model (metrics.calibrate).
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          images=listing, model=None, optimizer=None, normal=None)
-            if args.resume:
-                state = from_first(resume, folder, state)
+            state = from_first(resume, folder, state) if args.resume else state
             torch.manual_seed(seed)
             model = build(state, backbone).to(device)
             if state["normal"] is None:  # not finished
@@ -634,35 +575,31 @@ def train_run(args, device):
                 seen = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
                 samples = [dataset.train[i] for i in seen]
                 maps, scores, _ = judge(model, args, classes, samples, images[seen], device)
-                if RANK == 0:
-                    names = [sample.cls for sample in samples]
-                    state["normal"] = metrics.calibrate(maps, scores, names, len(kept) > 0)
+                state["normal"] = metrics.calibrate(maps, scores, [s.cls for s in samples], len(kept) > 0)
                 state["optimizer"] = None  # it is not needed any more
                 save(folder, state)
-            rows = evaluate(model, state, dataset.test, *test, args, folder, device)
-            results.setdefault(seed, {}).update(rows)
+            results[seed] |= evaluate(model, state, dataset.test, *test, args, folder, device)
     report(args, results, folder)
 
 def eval_run(args, device):
     """Evaluate a checkpoint, or all of a run's folder, on the test images as they lie there now."""
     states = load_run(args)
-    folder, results = claim(args), {}
+    folder, results = claim(args), {seed: {} for seed in args.seed}
+    dataset, *test = load(args)
+    for cls in sorted(set(dataset.classes) - {cls for state in states for cls in state["classes"]}):
+        log(f"warning: class '{cls}' was not trained and is left out")
     for state in states:
         if state["normal"] is None:
             log(f"warning: {state['name']}: training stopped after epoch {state['epoch']} of {args.epochs}")
-    dataset, *test = load(args)
-    for cls in set(dataset.classes) - {cls for state in states for cls in state["classes"]}:
-        log(f"warning: class '{cls}' was not trained and is left out")
-    for state in states:
-        rows = evaluate(restore(state, device), state, dataset.test, *test, args, folder, device)
-        results.setdefault(state["seed"], {}).update(rows)
+        model = build(state).to(device)
+        results[state["seed"]] |= evaluate(model, state, dataset.test, *test, args, folder, device)
     report(args, results, folder)
 
 def load(args):
     """The data set, its test images and masks; DataError if there is nothing to train on or to evaluate."""
     dataset = data.load(args.data, args.root, args.classes, args.normals)
     if not (dataset.test if args.eval else dataset.train):
-        raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
+        raise data.DataError(f"{args.data}: no {'test' if args.eval else 'training'} images")
     return dataset, decode(args, dataset.test, "test images"), decode(args, dataset.test, "masks")
 
 def decode(args, samples, name):
@@ -670,8 +607,7 @@ def decode(args, samples, name):
     cache = None if args.cache == "none" or args.data == "toy" else args.cache
     if LOCAL_RANK and cache:
         total(torch.zeros(1))  # waits until the node's first process has filled the cache
-    array = data.decode(samples, args.size, args.crop, masks=name == "masks", cache=cache,
-                        workers=args.workers, name=name)
+    array = data.decode(samples, args.size, args.crop, name == "masks", cache, args.workers, name)
     if LOCAL_RANK == 0 and cache:
         total(torch.zeros(1))
     return array
@@ -679,8 +615,7 @@ def decode(args, samples, name):
 def report(args, results, folder):
     """Print the table and write metrics.json, from {seed: {row: metrics}}."""
     if RANK == 0:
-        seeds = {seed: {"classes": rows, "mean": metrics.mean(rows)} for seed, rows in results.items()}
-        result = metrics.over_seeds(seeds)
+        result = metrics.over_seeds(results)
         log(metrics.table(result, paper_figures(args, result["classes"])))
         settings = {key: getattr(args, key) for key in ("seed", *SETTINGS)}
         metrics.save_json(folder / "metrics.json", settings, result)
@@ -694,8 +629,8 @@ def claim(args):
         folder = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
     if RANK == 0:
         data.LOG.append(data.claim(folder, PROGRAM, args.resume))
-        metrics.save_json(folder / "args.json", vars(args), {})
-    folder.mkdir(parents=True, exist_ok=True)  # on each node
+        if not (args.resume and (folder / "args.json").exists()):
+            metrics.save_json(folder / "args.json", vars(args), {})
     return folder
 
 def save(folder, state):
@@ -707,14 +642,12 @@ def read_state(path, like=None):
     """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
     state = data.read_tensors(path)
     with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py"):
-        settings = {key: state["settings"][key] for key in SETTINGS}
         for key in "name", "root", "images", "seed", "classes", "epoch", "model", "normal":
             state[key]  # a KeyError becomes the line above
-    for key, mine in settings.items() if like else ():
-        theirs = like["settings"][key]
-        if mine != theirs:
-            raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same "
-                                 "arguments, another --out, or the name of one checkpoint")
+        for key in SETTINGS:
+            mine, theirs = state["settings"][key], (like or state)["settings"][key]
+            if mine != theirs:
+                raise data.DataError(f"{path} has {key} = {mine}, not {theirs}; give the same or another run")
     return state
 
 def resume(folder, state):
@@ -725,8 +658,7 @@ def resume(folder, state):
         return state
     found = read_state(path, state)
     if others := set(found["images"]) ^ set(state["images"]):
-        raise data.DataError(f"--resume: {path} was trained on other images ({min(others)}); give the same "
-                             "--root or another --out")
+        raise data.DataError(f"{path} was trained on other images ({min(others)}); change --root or --out")
     log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
     return found
 
@@ -735,79 +667,47 @@ def load_run(args):
     path, states = Path(args.eval), []
     for file in from_first(lambda: sorted(path.glob("seed*.pt")) or [path]):
         states.append(from_first(read_state, file, *states[:1]))
+    if (args.predict or args.export) and len(states) * WORLD > 1:
+        raise data.DataError(f"--eval {path}: --predict and --export take one .pt file, in one process")
     if (args.predict or args.export or args.save_maps) and any(state["normal"] is None for state in states):
         raise data.DataError(f"--eval {path}: its training stopped early; finish it with --resume")
-    for key, value in states[0]["settings"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    typed = {key: value for key, value in vars(args).items() if value is not None}
+    vars(args).update(states[0]["settings"] | typed)
     args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
     return states
-
-def load_weights(net, name, weights, key_in_file=str):
-    """Fill net from a checkpoint FILE, its tensors at the top or under "model", "models" or "state_dict".
-
-    weights: FILE; "none": net stays untrained; None: timm's download of the model called name.
-    key_in_file: net's key -> the file's. DataError: unreadable, no download, tensor missing or misshapen.
-    """
-    if weights == "none":
-        return
-    with data.explain(f"--backbone {name}: cannot download its weights, --weights FILE takes a local file"):
-        state = (data.read_tensors(weights) if weights else
-                 timm.create_model(name, pretrained=True).state_dict())
-    for key in ("model", "models", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0 for stages.0
-    wanted = {key: key_in_file(key).replace(".", "_") for key in net.state_dict()}
-    tensors = {key: found[theirs] for key, theirs in wanted.items() if theirs in found}
-    with data.explain(f"--weights {weights}: does not fit {name}"):
-        net.load_state_dict(tensors)  # strict, but for BatchNorm's num_batches_tracked
-    rest = len(found) - len(tensors)
-    log(f"{name}: {len(tensors)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
 
 def build_backbone(settings, weights):
     return load_encoder(settings["backbone"], weights)
 
-def build(state, encoder):
+def build(state, encoder=None):
     """The model that the settings name, with the state's tensors if it has any."""
-    model = MiniMaxAD(encoder, state["settings"]["arch"])
+    model = MiniMaxAD(encoder or build_backbone(state["settings"], "none"), state["settings"]["arch"])
     if state["model"]:
         with data.explain(f"{state['name']}.pt does not fit its settings"):
             model.load_state_dict(state["model"])
     return model
 
-def restore(state, device):
-    """The model from a checkpoint alone."""
-    return build(state, build_backbone(state["settings"], "none")).to(device).eval()
-
 # ---------------------------------------------------------------- a trained model's use
-
-def one_model(args, device):
-    """The state and the model that --predict and --export use."""
-    state, *others = load_run(args)
-    if others or WORLD > 1:
-        raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
-    return state, restore(state, device)
-
 def predict(args, device):
     """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
-    state, model = one_model(args, device)
-    classes = state["classes"]
+    state, = load_run(args)
+    model, classes = build(state).to(device), state["classes"]
     asked = args.classes or (classes if len(classes) == 1 else [])
     if len(asked) > 1 or not {*asked} <= {*classes} or model.needs_label and not asked:
         raise data.DataError(f"--classes: this model takes one of {', '.join(classes)}")
-    files = data.find_images(args.predict)
 
     def look(images):
         samples = [data.Sample("", 0, None, *(asked or [""]), "")] * len(images)
         maps, scores, found = judge(model, args, classes, samples, images, device)
         return maps, scores, asked or [classes[int(k)] if k >= 0 else None for k in found]
 
-    folder = claim(args)
-    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
+    return metrics.predict(data.find_images(args.predict), look, args.size, args.crop, state["normal"],
+                           args.quantile, claim(args), log)
 
-def export(args):
+def export(args, device):
     """Write the network as a torch.export program, which loads without this project."""
-    (_, model), side = one_model(args, torch.device("cpu")), args.crop or args.size
+    state, = load_run(args)
+    model, side = build(state), args.crop or args.size
     inputs = torch.rand(2, 3, side, side), *[torch.zeros(2, dtype=torch.long)] * model.needs_label
     program = torch.export.export(Inference(model, args), inputs,
                                   dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * len(inputs))
@@ -815,20 +715,15 @@ def export(args):
         torch.export.save(program, temporary)
     log(f"{args.export}: image B x 3 x {side} x {side} in 0..1 -> map, score (mintad.py: and class)")
 
-def storage(model):
-    """Size of the model's tensors in MiB."""
-    return sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
-
 def bench(args, device):
     """Images per second, training steps per second, and storage beside the paper's 119 MB."""
-    size = args.crop or args.size
-    encoder = load_encoder(args.backbone, "none")
+    size, encoder = args.crop or args.size, load_encoder(args.backbone, "none")
     model = MiniMaxAD(encoder, args.arch).to(device).eval()
     if args.backbone in UNIREPLKNET:  # as loaded, with its branches
         model.encoder = UniRepLKNet(args.backbone).to(device).eval().requires_grad_(False)
     fused = fuse(model)
     log(f"{args.arch}, {args.backbone}, {size} x {size}, {device}, {torch.get_num_threads()} threads")
-    log(f"storage: {storage(fused):.1f} MiB fused, {storage(model):.1f} MiB not (paper: 119 MB)")
+    log(f"storage: {metrics.storage(fused):.1f} MiB, unfused {metrics.storage(model):.1f} (paper: 119 MB)")
 
     @torch.no_grad()
     def look():
@@ -846,21 +741,13 @@ def bench(args, device):
     for name, network in ("unfused", model), ("fused", fused):
         for B in (1, 16):
             x = torch.rand(B, 3, size, size, device=device)
-            rate = B / seconds(look)
+            rate = B / metrics.seconds(look)
             log(f"{name}, batch {B}: {rate:.1f} images/s (paper: 40.7 at batch 1 on a GTX 1080 Ti)")
     model.train().encoder = encoder.to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    log(f"training, batch {B}, {args.loss}: {1 / seconds(step):.3f} steps/s")
-
-def seconds(function):
-    """Median time of function(), which must wait for the device; the first call is not counted."""
-    return np.median(timeit.repeat(function, number=1, repeat=6)[1:])
+    log(f"training, batch {B}, {args.loss}: {1 / metrics.seconds(step):.3f} steps/s")
 
 # ---------------------------------------------------------------- processes and logging
-
-PROGRAM = Path(__file__).stem
-WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
-
 def start(name):
     """The device of this process; joins the process group under torchrun. DataError: no such device."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -871,8 +758,7 @@ def start(name):
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Memory of large tensors that are freed stays in the process: it takes longer to get fresh pages
-        # from the system than to compute with them.
+        # The memory of freed tensors stays in the process: fresh pages cost more than computing with them.
         for option, value in (-4, 0), (-1, 2**30):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     if WORLD > 1:
@@ -896,10 +782,7 @@ def total(x):
 
 @torch.no_grad()
 def infer(network, images, device, *labels):
-    """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
-
-    Every process computes its share and gets all.
-    """
+    """The network's outputs for uint8 images N x S x S x 3: numpy arrays of N rows, on every process."""
     N, parts = len(images), []
     rows = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on each; the surplus is cut
     for batch in progress(rows.split(32), "inference"):
@@ -912,13 +795,11 @@ def gather(x):
     """Rows RANK::WORLD, as many on each process -> all, in order, on every process."""
     if WORLD == 1:
         return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x)
-    return torch.stack(parts, 1).flatten(0, 1)  # n x WORLD x .. -> N x ..
+    parts = x.new_empty(WORLD * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x.contiguous())
+    return parts.unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1)  # WORLD x n x .. -> N x ..
 
 # ---------------------------------------------------------------- the paper's published figures, in %
-
 TABLES = {  # (set, unified?): columns (rd: RD + global, fr: MiniMaxAD + adc, fp: MiniMaxAD + global), rows
     ("mvtec", True): """ rd:i_auroc fr:i_auroc
         carpet 98.3 99.9  grid  99.0 98.2  leather    100  100   tile       98.1 100   wood      99.3 99.4
@@ -957,9 +838,7 @@ TABLE_7 = """ goodsad visa-unified aebad visa
 
 def paper_figures(args, found):
     """{row: {metric: the paper's figure}} for this set, setting, architecture and loss, {} if it gives none.
-
-    found: our result's rows. A mean, and any row of a unified model, compares only over all their classes.
-    """
+    found: our result's rows. A mean, and any row of a unified model, compares only over all their classes."""
     key = args.data, args.unified and args.data != "aebad"  # AeBAD is one class
     method = "rd" if args.arch == "rd" else {"adc": "fr", "global": "fp"}.get(args.loss, args.loss)
     rows = metrics.read_table(TABLES.get(key, "none"))
@@ -979,7 +858,6 @@ def paper_figures(args, found):
             for row, values in figures.items() if values}
 
 # ---------------------------------------------------------------- command line
-
 RANGES = dict(size=(64, 2**14), crop=(64, 2**14), holdout=(0, 0.9), workers=(1, 1024), epochs=(1, 10**6),
               batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1),
               seed=(0, 2**31 - 1), p_hard=(0, 1), p_lim=(0, 1))
@@ -1018,14 +896,14 @@ def new_parser(description, defaults):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="an empty folder (default runs/SCRIPT-SET-SETTING)")
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    run.add_argument("--resume", action="store_const", const=True, help="go on with the run in --out")
     run.add_argument("--eval", metavar="CKPT", help="evaluate a checkpoint, or all of a run's folder")
     run.add_argument("--quantile", type=float, default=0.99, help="of normal scores: the threshold (0.99)")
     add = run.add_mutually_exclusive_group().add_argument
     add("--predict", nargs="+", metavar="PATH", help="with --eval: files, folders or globs to judge")
     add("--export", metavar="FILE", help="with --eval: write the network as a torch.export program (.pt2)")
     add("--save-maps", action="store_true", help="pictures of all test images and a sheet per class")
-    add("--bench", action="store_true", help="speed and cost, no data needed")
+    add("--bench", action="store_const", const=True, help="speed and cost, no data needed")
     return parser
 
 def check(parser, args):
@@ -1037,12 +915,10 @@ def check(parser, args):
                 parser.error(f"{flag(key)} {value}: expected {low} to {high}")
     free = ("classes",) if args.predict else ("score",)  # all else is the checkpoint's
     for key in (*SETTINGS, "seed", "resume", "bench"):
-        if args.eval and getattr(args, key) not in (None, False) and key not in free:
+        if args.eval and getattr(args, key) is not None and key not in free:
             parser.error(f"{flag(key)} does not go with --eval: the checkpoint says it")
     if (args.predict or args.export) and not args.eval:
         parser.error(f"{'--predict' if args.predict else '--export'} needs --eval CKPT")
-    if args.crop and args.size and args.crop > args.size:
-        parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     if args.export and (not args.export.endswith(".pt2") or os.path.lexists(args.export)):
         parser.error(f"--export {args.export}: expected a new file that ends in .pt2")
 
@@ -1059,26 +935,23 @@ def parse(argv=None):
     add("--p-lim", type=float, help="Eq. 8, 9, Tables A4, A5 (default 0.9995)")
     add("--gamma", type=float, help="the learning rate is multiplied by it each epoch")
     add("--augment", action="store_const", const=True, help="random crop and flip (authors' code on AeBAD)")
-    add("--score", choices=("max", "mean", "max5x5", "top1"),
-        help="image score (default max; cifar10 mean); goes with --eval")
+    add("--score", choices=("max", "mean", "max5x5", "top1"), help="default max, cifar10 mean; with --eval")
     args = parser.parse_args(argv)
     check(parser, args)
     if not args.eval:
-        for key, value in preset(args).items():
-            if getattr(args, key) is None:  # what the user typed wins
-                setattr(args, key, value)
+        parser.set_defaults(**preset(args))
+        args = parser.parse_args(argv)  # what the user typed wins
+        args.unified |= args.data == "cifar10"  # UniAD's protocol has no other setting
     return args
 
 def preset(args):
     """The paper's settings for this set in this setting, or the nearest; a line says so."""
-    name = args.data or "toy"
-    unified = bool(args.unified) or name == "cifar10"
-    found = PAPER | {"unified": unified, "root": str(Path("data", "" if "+" in name else name))}
+    name = "mvtec" if args.bench else args.data or "toy"
+    unified = bool(args.unified or args.bench) or name == "cifar10"
+    found = PAPER | {"unified": unified, "score": "mean" if name == "cifar10" else "max"}
     key = (name, unified and name != "aebad")  # AeBAD is one class
-    if args.bench or name == "toy":
-        found |= PRESETS["mvtec", True] if args.bench else TOY
-        if args.backbone and not args.bench:
-            found["weights"] = None
+    if name == "toy":
+        found |= TOY | ({"weights": None} if args.backbone else {})
     elif key in PRESETS:
         found |= PRESETS[key]
     else:
@@ -1086,34 +959,23 @@ def preset(args):
         found |= PRESETS[nearest] | ({"size": 256, "holdout": 0.1} if name == "folder" else {})
         log(f"note: the paper has no settings for {name}{' unified' * unified}; taking those of {nearest[0]}")
     if args.arch == "rd":
-        found |= {k: v for k, v in RD.items() if name != "toy" or k not in ("epochs", "backbone")}
-        found["backbone"] = found["backbone"] if name != "toy" else "resnet18"
-    if name == "cifar10":
-        found["score"] = "mean"
+        found |= RD | ({"epochs": TOY["epochs"], "backbone": "resnet18"} if name == "toy" else {})
     if args.size:
         found["crop"] = None  # the preset's crop belongs to its size
     return found
 
 def main(argv=None):
     """Parse, then one of train, evaluate, predict, export, bench.
-
-    Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted.
-    """
+    Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted."""
     code, line = 0, None
     try:
-        with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):
+        with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
             args = parse(argv)
-        device = start(args.device)
-        if args.bench:
-            bench(args, device)
-        elif args.predict:
-            code = 0 if predict(args, device) else 1
-        elif args.export:
-            export(args)
-        elif args.eval:
-            eval_run(args, device)
-        else:
-            train_run(args, device)
+        action = (bench if args.bench else
+                  predict if args.predict else
+                  export if args.export else
+                  eval_run if args.eval else train_run)
+        code = int(action(args, start(args.device)) is False)  # predict's: not all images were judged
     except (data.DataError, OSError) as error:
         code, line = 2, f"error: {error}"
         time.sleep(10 if RANK else 0)  # process 0 mostly has the same error; torchrun then ends this process

@@ -35,13 +35,11 @@ Details of the implementation and where each comes from:
 import argparse
 import contextlib
 import ctypes
-import io
 import math
 import os
 import platform
 import sys
 import time
-import timeit
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,15 +50,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import metrics
-from data import RANK, log, progress
+from data import LOCAL_RANK, RANK, WORLD, log, progress
 
 # ---------------------------------------------------------------- settings
-
 PAPER = dict(data="toy", root=None, unified=False, classes=None, normals="01234", size=224, crop=None,
              backbone="tf_efficientnet_b4.aa_in1k", weights=None, seed=[1], epochs=1000, batch_size=32,
              lr=1e-4, weight_decay=1e-4, optimizer="adamw", amp=False, holdout=0.0, query="inr",
@@ -69,15 +65,14 @@ PAPER = dict(data="toy", root=None, unified=False, classes=None, normals="01234"
 TOY = dict(unified=True, backbone="tf_efficientnet_b0", weights="none", size=128, epochs=10, batch_size=8,
            lr=1e-3, holdout=0.1)
 SETTINGS = [key for key in PAPER if key not in ("root", "seed")]  # a checkpoint keeps them
+PROGRAM = Path(__file__).stem
 LAMBDA_CE, LAMBDA_PRIOR = 1.0, 0.1  # Eq. 6
 JITTER, DROPOUT = 20.0, 0.1  # UniAD's
 REDUCTIONS = (2, 4, 8, 16)  # backbone levels
 
 # ---------------------------------------------------------------- layers
-
 class Dropout(nn.Dropout):
     """nn.Dropout, on a CPU from 16 random bits a value: with Attention below 1.7 times as fast to train."""
-
     def forward(self, x):
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
@@ -88,7 +83,6 @@ class Dropout(nn.Dropout):
 
 class Attention(nn.MultiheadAttention):
     """torch's: query, key, value B x P x D -> B x P x D. Trained on a CPU, written out for Dropout above."""
-
     def __init__(self, D, heads):
         super().__init__(D, heads, DROPOUT, batch_first=True)
         self.drop = Dropout(DROPOUT)
@@ -106,7 +100,6 @@ class Attention(nn.MultiheadAttention):
 
 class EncoderLayer(nn.Module):
     """Post-norm self-attention; positions go to queries and keys, never to values (UniAD, Table 15)."""
-
     def __init__(self, D, heads, hidden):
         super().__init__()
         self.self_attn = Attention(D, heads)
@@ -121,7 +114,6 @@ class EncoderLayer(nn.Module):
 
 class DecoderLayer(nn.Module):
     """UniAD's decoder layer: q attends to the encoder memory, the result to the previous layer's output."""
-
     def __init__(self, D, heads, hidden):
         super().__init__()
         self.self_attn, self.multihead_attn = Attention(D, heads), Attention(D, heads)
@@ -136,7 +128,6 @@ class DecoderLayer(nn.Module):
 
 class Transformer(nn.Module):
     """Tokens B x P x C reconstructed from themselves and the decoder layers' queries (Sec. 3.2, Table 15)."""
-
     def __init__(self, C, H, W, D=256, heads=8, hidden=1024, layers=4):
         super().__init__()
         self.input_proj, self.output_proj = nn.Linear(C, D), nn.Linear(D, C)
@@ -153,15 +144,12 @@ class Transformer(nn.Module):
 
     def forward(self, f, queries, mask=None, token=None):
         """f: B x P x C; queries: L of B x P x D; mask: P x P, True = hidden; token: B x 1 x D or None.
-
-        The token goes along and is cut off: with it the queries and the mask have P + 1 positions.
-        """
+        The token goes along and is cut off: with it the queries and the mask have P + 1 positions."""
         if self.training:  # UniAD: noise in proportion to each token's length
             f = f + torch.randn_like(f) * (f.norm(dim=-1, keepdim=True) * JITTER / f.shape[-1])
         x = self.input_proj(f)  # B x P x D
-        H, W = self.row_embed.num_embeddings, self.col_embed.num_embeddings
-        row, col = self.row_embed.weight.unsqueeze(1), self.col_embed.weight
-        pos = torch.cat([col.expand(H, W, -1), row.expand(H, W, -1)], -1).flatten(0, 1)  # H x W x D -> P x D
+        row, col = self.row_embed.weight.unsqueeze(1), self.col_embed.weight  # H x 1 x D/2, W x D/2
+        pos = torch.cat(torch.broadcast_tensors(col, row), -1).flatten(0, 1)  # H x W x D -> P x D
         if token is not None:
             x, pos = torch.cat([x, token], 1), F.pad(pos, (0, 0, 0, 1))  # B x (P+1) x D, (P+1) x D
         for layer in self.encoder:
@@ -176,13 +164,11 @@ def neighbour_mask(H, W, window=7):
     y, x = torch.arange(H * W) // W, torch.arange(H * W) % W
     mask = ((y[:, None] - y).abs() <= window // 2) & ((x[:, None] - x).abs() <= window // 2)
     if mask.all(1).any():
-        raise data.DataError(f"--size: a {H} x {W} feature map lies wholly inside UniAD's "
-                             f"{window} x {window} neighbour mask; take a larger --size")
+        raise data.DataError(f"--size: UniAD's mask of {window} x {window} hides all of {H} x {W}: too small")
     return mask
 
 class FeaturePrompt(nn.Module):
     """The classifier's token before its head (Sec. 3.3, Table 12); logits B x K are the argument of Eq. 1."""
-
     def __init__(self, C, P, K, Z=32, D=256):
         super().__init__()
         self.class_encoder = nn.Sequential(  # B x P x C -> B x P x Z
@@ -206,7 +192,6 @@ class FeaturePrompt(nn.Module):
 
 class INR(nn.Module):
     """Dual-path implicit neural representation (Eq. 8, 9, Table 13): p (P x E), z (B x Z) -> B x P x D."""
-
     def __init__(self, Z=32, E=3, D=256, layers=5, omega=30.0):
         super().__init__()
         self.modulation = nn.ModuleList(nn.Linear(D if i else Z + E, D) for i in range(layers))
@@ -217,8 +202,7 @@ class INR(nn.Module):
         for i, layer in enumerate([*self.synthesis, self.output]):
             bound = math.sqrt(6 / D) if i else omega / E
             nn.init.uniform_(layer.weight, -bound, bound)
-        # Kaiming's; the first layer's input is p and a softmax, |z| <= 1. At torch's default q starts with a
-        # deviation of 0.04, the same at every position.
+        # Kaiming's (torch's default starts q flat); the first layer's input is p and a softmax, |z| <= 1.
         for i, layer in enumerate(self.modulation):
             nn.init.normal_(layer.weight, std=math.sqrt(2 / (D if i else E + 1)))
             nn.init.zeros_(layer.bias)
@@ -236,13 +220,9 @@ class INR(nn.Module):
         return self.output(x)
 
 # ---------------------------------------------------------------- model
-
 class Backbone(nn.Module):
     """Frozen multi-scale features (Sec. 3.2): images B x 3 x S x S in 0..1 -> f, B x P x C; has H, W, C.
-
-    weights: a local checkpoint, "none" (untrained), None (timm's download). DataError: see load_weights.
-    """
-
+    weights and what can go wrong: data.load_weights. DataError: a net without these levels."""
     def __init__(self, name, size, weights=None, levels=REDUCTIONS):
         super().__init__()
         with data.explain(f"--backbone {name}: not a CNN with features at strides 2, 4, 8, 16"):
@@ -255,7 +235,7 @@ class Backbone(nn.Module):
                 raise ValueError(f"its features are {list(map(tuple, shapes))}")
         if hasattr(self.net, "blocks"):  # timm's EfficientNets would compute stages beyond the last level too
             del self.net.blocks[int(info.module_name()[-1].split(".")[1]) + 1:]
-        load_weights(self.net, name, weights)
+        data.load_weights(self.net, name, weights)
         config = self.net.pretrained_cfg
         self.register_buffer("image_mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("image_std", torch.tensor(config["std"]).view(3, 1, 1))
@@ -272,11 +252,8 @@ class Backbone(nn.Module):
 
 class MINTAD(nn.Module):
     """The model of Figure 3 and its variants (Tables 4, 5, 9).
-
     C, H, W: size of the features f; K: number of classes. query: inr | mlp | learned. prompt: feature, or a
-    projection of the label (needed at test time too) or of the image's mean feature: label | image.
-    """
-
+    projection of the label (needed at test time too) or of the image's mean feature: label | image."""
     def __init__(self, C, H, W, K, query="inr", prompt="feature", adapter=True, cls_loss=True,
                  prior_loss=True, D=256, layers=4):
         super().__init__()
@@ -309,10 +286,7 @@ class MINTAD(nn.Module):
                 nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, 2 * C))
 
     def forward(self, f, label=None):
-        """f: B x P x C raw, label: B or None -> f', r: B x P x C; logits: B x K; (mu, log sigma): B x P x C.
-
-        The latter two are None in the variants that have none.
-        """
+        """f: B x P x C raw, label: B -> f', r; logits: B x K or None; (mu, log sigma): B x P x C, or None."""
         f = (f - self.mean) / self.std
         f_ = self.adapter(f).float() if self.adapter else f
         z, logits = self.class_token(f_, label) if self.prompt else (None, None)
@@ -335,7 +309,6 @@ class MINTAD(nn.Module):
 
 class UniAD(nn.Module):
     """The baseline, as its authors' code: raw f, neighbour-masked attention, a query per decoder layer.
-
     query: layerwise (its own), or Table 4's variants: pool, a query per class; token, the class as a token
     more; text, a projection of the class's row of text, K x E. The arguments else and the call as MINTAD's.
     """
@@ -371,16 +344,16 @@ def build_backbone(settings, weights):
     levels = (*REDUCTIONS, 32) if settings["data"] == "cifar10" else REDUCTIONS  # C = 720 with b4, as UniAD
     return Backbone(settings["backbone"], settings["crop"] or settings["size"], weights, levels)
 
-def build(state, backbone):
+def build(state, backbone=None):
     """The model that the settings name, the backbone a part of it, with the state's tensors if it has any."""
     s, classes, tensors = state["settings"], state["classes"], state["model"]
+    backbone = backbone or build_backbone(s, "none")
     size = backbone.C, backbone.H, backbone.W, len(classes)
     if s["uniad"]:
         text = s["text"] and (tensors["text"] if tensors else read_text(s["text"], classes))
         model = UniAD(*size, s["query"], text)
     else:
-        keys = "query", "prompt", "adapter", "cls_loss", "prior_loss"
-        model = MINTAD(*size, **{key: s[key] for key in keys})
+        model = MINTAD(*size, s["query"], s["prompt"], s["adapter"], s["cls_loss"], s["prior_loss"])
     model.backbone = backbone
     if tensors:
         with data.explain(f"{state['name']}.pt does not fit its settings"):
@@ -389,22 +362,17 @@ def build(state, backbone):
 
 def read_text(path, classes):
     """K x E text embeddings from a safetensors file with one row (a tensor of E) per class name."""
-    rows = data.read_tensors(path)
-    for cls in classes:
-        if not torch.is_tensor(rows.get(cls)):
-            raise data.DataError(f"--text {path}: no row '{cls}'; it has {', '.join(sorted(rows))[:200]}")
-    return torch.stack([rows[cls].float().flatten() for cls in classes])
+    with data.explain(f"--text {path}: expected a row for each class, all of one length"):
+        rows = data.read_tensors(path)
+        return torch.stack([rows[cls].float().flatten() for cls in classes])
 
 # ---------------------------------------------------------------- losses
-
 def objective(model, outputs, label, literal=False):
     """(Eq. 6, {name: what is logged}) of a batch; outputs: what model(f, label) returns.
-
     Eq. 3 starts from the likelihood of the original features; for f' = W f + b it is, per position,
         log p(f) = log N(f'; mu, sigma) + log |det W|          (the paper prints no determinant).
     Eq. 5 is a Gaussian's too, of fixed s = 1/2: -log p(f) = |f' - r|^2 / 2s^2 - log |det W| + const. Times
-    2s^2 / C that is (Eq. 5) - (2s^2 / C) log |det W|. Without determinants (literal) f' shrinks.
-    """
+    2s^2 / C that is (Eq. 5) - (2s^2 / C) log |det W|. Without determinants (literal) f' shrinks."""
     f_, r, logits, gaussian = outputs
     logged = {"mse": F.mse_loss(r, f_)}  # Eq. 5
     det = ce = prior = 0
@@ -421,7 +389,6 @@ def objective(model, outputs, label, literal=False):
     return mse + LAMBDA_CE * ce + LAMBDA_PRIOR * prior, logged | {"std f'": f_.detach().std()}  # Eq. 6
 
 # ---------------------------------------------------------------- anomaly map and score
-
 def anomaly_map(f_, r, H, W):
     """Eq. 7: s(h, w) = ||f' - r||_2, B x H x W, from B x P x C."""
     return (f_ - r).norm(dim=-1).unflatten(1, (H, W))
@@ -437,21 +404,15 @@ def image_score(maps, kind):
     return maps.mean((1, 2)) if kind == "mean" else maps.amax((1, 2))
 
 # ---------------------------------------------------------------- train
-
 def extract(backbone, images, device):
     """f of the images, N x P x C in half precision, on the GPU if it fits; once, as nothing augments."""
-    def half(image):
-        return [backbone(image).half()]
-
-    features = torch.from_numpy(infer(half, images, device)[0])
+    features = torch.from_numpy(infer(lambda image: [backbone(image).half()], images, device)[0])
     fits = device.type == "cuda" and features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]
     return features.to(device) if fits else features
 
 def channel_statistics(features):
     """Mean and standard deviation of each channel of features N x P x C, C each.
-
-    The deviation has a floor of 1 % of the mean one: an untrained backbone has channels that never move.
-    """
+    The deviation has a floor of 1 % of the mean one: an untrained backbone has channels that never move."""
     parts = (f.double().flatten(0, 1) for f in features.split(64))
     mean, square = sum(torch.stack([f.sum(0), f.square().sum(0)]) for f in parts) / features[:, :, 0].numel()
     std = (square - mean**2).clamp_min(0).sqrt()
@@ -461,7 +422,6 @@ def channel_statistics(features):
 
 def optimizers(model, s, device):
     """[(optimizer, factor of the learning rate)]: the paper's AdamW, or Muon for the transformer's matrices.
-
     Muon (momentum 0.95, update scaled to AdamW's) at 4 times AdamW's rate: of 2, 4 and 10 that which left
     the least of the training images unexplained after 400 steps.
     The query, key and value matrix is taken as one: in three parts it learned the same (README, "Results").
@@ -478,9 +438,7 @@ def optimizers(model, s, device):
 
 def learning_rate(lr, step, steps):
     """The rate of a step: lr x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs); above the paper's it warms up.
-
-    5e-4 at once blinds the attention: in 200 steps all positions of an image get the same, and for good.
-    """
+    5e-4 at once blinds the attention: in 200 steps all positions of an image get the same, and for good."""
     if step >= 0.8 * steps:
         return 0.1 * lr
     return min(lr, PAPER["lr"] * (1 + step / 100))
@@ -495,7 +453,7 @@ def train(model, state, samples, images, index, folder, device):
     optimizer_list = optimizers(model, s, device)
     for (optimizer, _), saved in zip(optimizer_list, state["optimizer"] or ()):
         optimizer.load_state_dict(saved)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
     steps = -(-len(index) // s.batch_size)
     for epoch in range(state["epoch"], s.epochs):
         start, sums = time.time(), 0
@@ -524,8 +482,7 @@ def train(model, state, samples, images, index, folder, device):
             sums = sums + values * (len(batch) * share / len(index))
         sums = total(sums).tolist()
         if not all(map(math.isfinite, sums)):
-            raise data.DataError(f"training diverged in epoch {epoch + 1}; the last checkpoint is good. "
-                                 "Lower --lr")
+            raise data.DataError(f"diverged in epoch {epoch + 1}; the last checkpoint is good. Lower --lr")
         values = ", ".join(f"{key} {value:.4f}" for key, value in zip(logged, sums))
         log(f"{name} epoch {epoch + 1}/{s.epochs}: {values}, {time.time() - start:.1f} s")
         saved = [optimizer.state_dict() for optimizer, _ in optimizer_list]
@@ -537,10 +494,8 @@ def labels_of(samples, classes):
     return torch.tensor([classes.index(s.cls) if s.cls in classes else -1 for s in samples], dtype=torch.long)
 
 # ---------------------------------------------------------------- evaluate
-
 class Inference(nn.Module):
     """Image B x 3 x S x S in 0..1 (and label B) -> map B x S x S, score B, class B (-1: no classifier)."""
-
     def __init__(self, model, args):
         super().__init__()
         self.model, self.size = model.eval(), args.crop or args.size
@@ -573,15 +528,14 @@ def evaluate(model, state, test, images, masks, args, folder, device):
     return metrics.evaluate(samples, scores, maps, masks, log)["classes"]
 
 # ---------------------------------------------------------------- a run and its files
-
 def train_run(args, device):
     """Train and evaluate a model per seed and, unless --unified, per class; then the table."""
-    folder, results = claim(args), {}
+    folder, results = claim(args), {seed: {} for seed in args.seed}
     settings = {key: getattr(args, key) for key in SETTINGS}
     log(f"{PROGRAM}.py: {show(settings)}, seeds {args.seed}, {WORLD} process(es), {device}")
     dataset, *test = load(args)
     images = decode(args, dataset.train, "training images")
-    held_out = data.hold_out(dataset.train, args.holdout)
+    held_out = metrics.hold_out(dataset.train, args.holdout)
     if args.weights == "none":
         log("warning: the backbone is untrained (--weights none): good to see the code run, not for results")
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
@@ -596,8 +550,7 @@ def train_run(args, device):
             # sizes, normal is, once trained, what normal images look like to the model (metrics.calibrate).
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          images=listing, model=None, optimizer=None, normal=None)
-            if args.resume:
-                state = from_first(resume, folder, state)
+            state = from_first(resume, folder, state) if args.resume else state
             torch.manual_seed(seed)
             model = build(state, backbone).to(device)
             if state["normal"] is None:  # not finished
@@ -605,35 +558,31 @@ def train_run(args, device):
                 seen = kept if len(kept) else index[::math.ceil(len(index) / 1000)]  # 1000 will do
                 samples = [dataset.train[i] for i in seen]
                 maps, scores, _ = judge(model, args, classes, samples, images[seen], device)
-                if RANK == 0:
-                    names = [sample.cls for sample in samples]
-                    state["normal"] = metrics.calibrate(maps, scores, names, len(kept) > 0)
+                state["normal"] = metrics.calibrate(maps, scores, [s.cls for s in samples], len(kept) > 0)
                 state["optimizer"] = None  # it is not needed any more
                 save(folder, state)
-            rows = evaluate(model, state, dataset.test, *test, args, folder, device)
-            results.setdefault(seed, {}).update(rows)
+            results[seed] |= evaluate(model, state, dataset.test, *test, args, folder, device)
     report(args, results, folder)
 
 def eval_run(args, device):
     """Evaluate a checkpoint, or all of a run's folder, on the test images as they lie there now."""
     states = load_run(args)
-    folder, results = claim(args), {}
+    folder, results = claim(args), {seed: {} for seed in args.seed}
+    dataset, *test = load(args)
+    for cls in sorted(set(dataset.classes) - {cls for state in states for cls in state["classes"]}):
+        log(f"warning: class '{cls}' was not trained and is left out")
     for state in states:
         if state["normal"] is None:
             log(f"warning: {state['name']}: training stopped after epoch {state['epoch']} of {args.epochs}")
-    dataset, *test = load(args)
-    for cls in set(dataset.classes) - {cls for state in states for cls in state["classes"]}:
-        log(f"warning: class '{cls}' was not trained and is left out")
-    for state in states:
-        rows = evaluate(restore(state, device), state, dataset.test, *test, args, folder, device)
-        results.setdefault(state["seed"], {}).update(rows)
+        model = build(state).to(device)
+        results[state["seed"]] |= evaluate(model, state, dataset.test, *test, args, folder, device)
     report(args, results, folder)
 
 def load(args):
     """The data set, its test images and masks; DataError if there is nothing to train on or to evaluate."""
     dataset = data.load(args.data, args.root, args.classes, args.normals)
     if not (dataset.test if args.eval else dataset.train):
-        raise data.DataError(f"no {'test' if args.eval else 'training'} images in {args.root}")
+        raise data.DataError(f"{args.data}: no {'test' if args.eval else 'training'} images")
     return dataset, decode(args, dataset.test, "test images"), decode(args, dataset.test, "masks")
 
 def decode(args, samples, name):
@@ -641,8 +590,7 @@ def decode(args, samples, name):
     cache = None if args.cache == "none" or args.data == "toy" else args.cache
     if LOCAL_RANK and cache:
         total(torch.zeros(1))  # waits until the node's first process has filled the cache
-    array = data.decode(samples, args.size, args.crop, masks=name == "masks", cache=cache,
-                        workers=args.workers, name=name)
+    array = data.decode(samples, args.size, args.crop, name == "masks", cache, args.workers, name)
     if LOCAL_RANK == 0 and cache:
         total(torch.zeros(1))
     return array
@@ -650,8 +598,7 @@ def decode(args, samples, name):
 def report(args, results, folder):
     """Print the table and write metrics.json, from {seed: {row: metrics}}."""
     if RANK == 0:
-        seeds = {seed: {"classes": rows, "mean": metrics.mean(rows)} for seed, rows in results.items()}
-        result = metrics.over_seeds(seeds)
+        result = metrics.over_seeds(results)
         log(metrics.table(result, paper_figures(args, result["classes"])))
         settings = {key: getattr(args, key) for key in ("seed", *SETTINGS)}
         metrics.save_json(folder / "metrics.json", settings, result)
@@ -665,8 +612,8 @@ def claim(args):
         folder = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
     if RANK == 0:
         data.LOG.append(data.claim(folder, PROGRAM, args.resume))
-        metrics.save_json(folder / "args.json", vars(args), {})
-    folder.mkdir(parents=True, exist_ok=True)  # on each node
+        if not (args.resume and (folder / "args.json").exists()):
+            metrics.save_json(folder / "args.json", vars(args), {})
     return folder
 
 def save(folder, state):
@@ -678,14 +625,12 @@ def read_state(path, like=None):
     """A checkpoint; DataError if it is none of this version or, given a state `like`, of other settings."""
     state = data.read_tensors(path)
     with data.explain(f"{path}: not a checkpoint of this version of {PROGRAM}.py"):
-        settings = {key: state["settings"][key] for key in SETTINGS}
         for key in "name", "root", "images", "seed", "classes", "epoch", "model", "normal":
             state[key]  # a KeyError becomes the line above
-    for key, mine in settings.items() if like else ():
-        theirs = like["settings"][key]
-        if mine != theirs:
-            raise data.DataError(f"{path} was made with {key} = {mine}, not {theirs}; give the same "
-                                 "arguments, another --out, or the name of one checkpoint")
+        for key in SETTINGS:
+            mine, theirs = state["settings"][key], (like or state)["settings"][key]
+            if mine != theirs:
+                raise data.DataError(f"{path} has {key} = {mine}, not {theirs}; give the same or another run")
     return state
 
 def resume(folder, state):
@@ -696,8 +641,7 @@ def resume(folder, state):
         return state
     found = read_state(path, state)
     if others := set(found["images"]) ^ set(state["images"]):
-        raise data.DataError(f"--resume: {path} was trained on other images ({min(others)}); give the same "
-                             "--root or another --out")
+        raise data.DataError(f"{path} was trained on other images ({min(others)}); change --root or --out")
     log(f"{path}: {found['epoch']} of {found['settings']['epochs']} epochs done")
     return found
 
@@ -706,68 +650,36 @@ def load_run(args):
     path, states = Path(args.eval), []
     for file in from_first(lambda: sorted(path.glob("seed*.pt")) or [path]):
         states.append(from_first(read_state, file, *states[:1]))
+    if (args.predict or args.export) and len(states) * WORLD > 1:
+        raise data.DataError(f"--eval {path}: --predict and --export take one .pt file, in one process")
     if (args.predict or args.export or args.save_maps) and any(state["normal"] is None for state in states):
         raise data.DataError(f"--eval {path}: its training stopped early; finish it with --resume")
-    for key, value in states[0]["settings"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    typed = {key: value for key, value in vars(args).items() if value is not None}
+    vars(args).update(states[0]["settings"] | typed)
     args.seed, args.root = sorted({state["seed"] for state in states}), args.root or states[0]["root"]
     return states
 
-def load_weights(net, name, weights, key_in_file=str):
-    """Fill net from a checkpoint FILE, its tensors at the top or under "model", "models" or "state_dict".
-
-    weights: FILE; "none": net stays untrained; None: timm's download of the model called name.
-    key_in_file: net's key -> the file's. DataError: unreadable, no download, tensor missing or misshapen.
-    """
-    if weights == "none":
-        return
-    with data.explain(f"--backbone {name}: cannot download its weights, --weights FILE takes a local file"):
-        state = (data.read_tensors(weights) if weights else
-                 timm.create_model(name, pretrained=True).state_dict())
-    for key in ("model", "models", "state_dict"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    found = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0 for stages.0
-    wanted = {key: key_in_file(key).replace(".", "_") for key in net.state_dict()}
-    tensors = {key: found[theirs] for key, theirs in wanted.items() if theirs in found}
-    with data.explain(f"--weights {weights}: does not fit {name}"):
-        net.load_state_dict(tensors)  # strict, but for BatchNorm's num_batches_tracked
-    rest = len(found) - len(tensors)
-    log(f"{name}: {len(tensors)} tensors loaded from {weights or 'timm'}, {rest} others not needed")
-
-def restore(state, device):
-    """The model from a checkpoint alone."""
-    return build(state, build_backbone(state["settings"], "none")).to(device).eval()
-
 # ---------------------------------------------------------------- a trained model's use
-
-def one_model(args, device):
-    """The state and the model that --predict and --export use."""
-    state, *others = load_run(args)
-    if others or WORLD > 1:
-        raise data.DataError(f"--eval {args.eval}: --predict and --export take one .pt file, in one process")
-    return state, restore(state, device)
-
 def predict(args, device):
     """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
-    state, model = one_model(args, device)
-    classes = state["classes"]
+    state, = load_run(args)
+    model, classes = build(state).to(device), state["classes"]
     asked = args.classes or (classes if len(classes) == 1 else [])
     if len(asked) > 1 or not {*asked} <= {*classes} or model.needs_label and not asked:
         raise data.DataError(f"--classes: this model takes one of {', '.join(classes)}")
-    files = data.find_images(args.predict)
 
     def look(images):
         samples = [data.Sample("", 0, None, *(asked or [""]), "")] * len(images)
         maps, scores, found = judge(model, args, classes, samples, images, device)
         return maps, scores, asked or [classes[int(k)] if k >= 0 else None for k in found]
 
-    folder = claim(args)
-    return metrics.predict(files, look, args.size, args.crop, state["normal"], args.quantile, folder, log)
+    return metrics.predict(data.find_images(args.predict), look, args.size, args.crop, state["normal"],
+                           args.quantile, claim(args), log)
 
-def export(args):
+def export(args, device):
     """Write the network as a torch.export program, which loads without this project."""
-    (_, model), side = one_model(args, torch.device("cpu")), args.crop or args.size
+    state, = load_run(args)
+    model, side = build(state), args.crop or args.size
     inputs = torch.rand(2, 3, side, side), *[torch.zeros(2, dtype=torch.long)] * model.needs_label
     program = torch.export.export(Inference(model, args), inputs,
                                   dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * len(inputs))
@@ -778,15 +690,12 @@ def export(args):
 @torch.no_grad()
 def save_queries(path, model, samples, images, labels, device):
     """Fig. 4c: how a query's positions attend to each other, P x P, for the first test image of each class.
-
     Shown before the softmax, which is one-hot at the length that q reaches: cosines of q's rows. UniAD's
-    query is its first layer's. Positions run row by row over the feature map.
-    """
-    first, seen, pictures = {}, [], []
-    for i, sample in enumerate(samples):
-        first.setdefault(sample.cls, i)
+    query is its first layer's. Positions run row by row over the feature map."""
+    classes, seen, pictures = [sample.cls for sample in samples], [], []
     hook = model.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
-    for cls, i in first.items():
+    for cls in dict.fromkeys(classes):
+        i = classes.index(cls)
         model(model.backbone(data.to_device(images[[i]], device)), labels[[i]].to(device))
         q = F.normalize(seen.pop()[0], dim=-1)  # P x D
         pictures.append(metrics.panels([metrics.heat((q @ q.T).cpu().numpy(), 0, 1)], cls, 0, 1))
@@ -822,22 +731,14 @@ def bench(args, device):
             with FlopCounterMode(display=False) as counter:
                 look()
             log(f"multiply-adds: {counter.get_total_flops() / 2e9:.2f} G")
-        log(f"batch {B}: {seconds(look):.4f} s")
+        log(f"batch {B}: {metrics.seconds(look):.4f} s")
     log(TABLE_6)
     B, steppers = min(args.batch_size, 64), optimizers(model.train(), args, device)
     f = torch.randn(B, backbone.H * backbone.W, backbone.C, device=device)
-    log(f"training, batch {B}: {1 / seconds(step):.3f} steps/s")
-    log(f"storage {sum(v.nbytes for v in model.state_dict().values()) / 2**20:.1f} MiB")
-
-def seconds(function):
-    """Median time of function(), which must wait for the device; the first call is not counted."""
-    return np.median(timeit.repeat(function, number=1, repeat=6)[1:])
+    log(f"training, batch {B}: {1 / metrics.seconds(step):.3f} steps/s")
+    log(f"storage {metrics.storage(model):.1f} MiB")
 
 # ---------------------------------------------------------------- processes and logging
-
-PROGRAM = Path(__file__).stem
-WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))  # torchrun's
-
 def start(name):
     """The device of this process; joins the process group under torchrun. DataError: no such device."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -848,8 +749,7 @@ def start(name):
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Memory of large tensors that are freed stays in the process: it takes longer to get fresh pages
-        # from the system than to compute with them.
+        # The memory of freed tensors stays in the process: fresh pages cost more than computing with them.
         for option, value in (-4, 0), (-1, 2**30):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     if WORLD > 1:
@@ -873,10 +773,7 @@ def total(x):
 
 @torch.no_grad()
 def infer(network, images, device, *labels):
-    """The network's outputs, numpy arrays of N rows, for uint8 images N x S x S x 3, in full precision.
-
-    Every process computes its share and gets all.
-    """
+    """The network's outputs for uint8 images N x S x S x 3: numpy arrays of N rows, on every process."""
     N, parts = len(images), []
     rows = torch.arange(RANK, N + -N % WORLD, WORLD).clamp(max=N - 1)  # as many on each; the surplus is cut
     for batch in progress(rows.split(32), "inference"):
@@ -889,13 +786,11 @@ def gather(x):
     """Rows RANK::WORLD, as many on each process -> all, in order, on every process."""
     if WORLD == 1:
         return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x)
-    return torch.stack(parts, 1).flatten(0, 1)  # n x WORLD x .. -> N x ..
+    parts = x.new_empty(WORLD * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x.contiguous())
+    return parts.unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1)  # WORLD x n x .. -> N x ..
 
 # ---------------------------------------------------------------- the paper's published figures
-
 TABLES = {  # (set, unified?): first the columns, then the rows
     ("mvtec", True): """ uniad:i_auroc mint:i_auroc uniad:p_aupr mint:p_aupr
         bottle     .997 1.000 .655 .665   cable      .952 .935  .479 .405   capsule    .869 .955  .438 .475
@@ -927,36 +822,32 @@ VARIANTS = """ i_auroc p_aupr
     query=learned,cls_loss=False,prior_loss=False .975 .445
     query=learned,prior_loss=False .977 .465   prior_loss=False .981 .477"""
 TABLE_8 = """ i_auroc
-    resnet18.tv_in1k .931   resnet34.tv_in1k .927   resnet50.tv_in1k .943   resnet101.tv_in1k .931
-    tf_efficientnet_b0.aa_in1k .983   tf_efficientnet_b2.aa_in1k .964   tf_efficientnet_b6.aa_in1k .985"""
+    backbone=resnet18.tv_in1k .931             backbone=resnet34.tv_in1k .927
+    backbone=resnet50.tv_in1k .943             backbone=resnet101.tv_in1k .931
+    backbone=tf_efficientnet_b0.aa_in1k .983   backbone=tf_efficientnet_b2.aa_in1k .964
+    backbone=tf_efficientnet_b6.aa_in1k .985"""
 TABLE_6 = """the paper (b4, 224 x 224, its GPU): parameters, multiply-adds, seconds per batch
     MINT-AD  9.44 M  1.13 G  .026 .035 .057 .104 .194
     UniAD    6.27 M  0.92 G  .032 .068 .089 .146 .2305"""
 
 def paper_figures(args, found):
     """{row: {metric: the paper's figure}} for this set, setting, variant and backbone, {} if it gives none.
-
-    found: our result's rows. A mean, and any row of a unified model, compares only over all their classes.
-    """
+    found: our result's rows. A mean, and any row of a unified model, compares only over all their classes."""
     rows = metrics.read_table(TABLES.get((args.data, args.unified), "none"))
-    keys = "uniad", "query", "prompt", "adapter", "cls_loss", "prior_loss"
+    keys = "backbone", "uniad", "query", "prompt", "adapter", "cls_loss", "prior_loss"
     flags = ",".join(f"{key}={getattr(args, key)}" for key in keys if getattr(args, key) != PAPER[key])
     complete = set(rows) - {"mean"} <= set(found)
     if args.size != PAPER["size"] or args.crop or args.literal or (
             args.unified and args.data != "cifar10" and not complete):
         return {}
-    same = args.backbone == PAPER["backbone"]
-    if same and flags in ("", "uniad=True,query=layerwise"):
+    if flags in ("", "uniad=True,query=layerwise"):
         method = "uniad:" if args.uniad else "mint:"
         return {row: {column.removeprefix(method): x for column, x in rows[row].items() if method in column}
                 for row in rows if row in found or row == "mean" and complete}
-    mean = {}
-    if (args.data, args.unified) == ("mvtec", True) and (same or not flags):
-        mean = metrics.read_table(VARIANTS if same else TABLE_8).get(flags if same else args.backbone)
-    return {"mean": mean} if mean else {}
+    means = metrics.read_table(VARIANTS) | metrics.read_table(TABLE_8)
+    return {"mean": means[flags]} if (args.data, args.unified) == ("mvtec", True) and flags in means else {}
 
 # ---------------------------------------------------------------- command line
-
 RANGES = dict(size=(64, 2**14), crop=(64, 2**14), holdout=(0, 0.9), workers=(1, 1024), epochs=(1, 10**6),
               batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1),
               seed=(0, 2**31 - 1), p_hard=(0, 1), p_lim=(0, 1))
@@ -995,14 +886,14 @@ def new_parser(description, defaults):
     add("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="an empty folder (default runs/SCRIPT-SET-SETTING)")
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    run.add_argument("--resume", action="store_const", const=True, help="go on with the run in --out")
     run.add_argument("--eval", metavar="CKPT", help="evaluate a checkpoint, or all of a run's folder")
     run.add_argument("--quantile", type=float, default=0.99, help="of normal scores: the threshold (0.99)")
     add = run.add_mutually_exclusive_group().add_argument
     add("--predict", nargs="+", metavar="PATH", help="with --eval: files, folders or globs to judge")
     add("--export", metavar="FILE", help="with --eval: write the network as a torch.export program (.pt2)")
     add("--save-maps", action="store_true", help="pictures of all test images and a sheet per class")
-    add("--bench", action="store_true", help="speed and cost, no data needed")
+    add("--bench", action="store_const", const=True, help="speed and cost, no data needed")
     return parser
 
 def check(parser, args):
@@ -1014,12 +905,10 @@ def check(parser, args):
                 parser.error(f"{flag(key)} {value}: expected {low} to {high}")
     free = ("classes",) if args.predict else ("score",)  # all else is the checkpoint's
     for key in (*SETTINGS, "seed", "resume", "bench"):
-        if args.eval and getattr(args, key) not in (None, False) and key not in free:
+        if args.eval and getattr(args, key) is not None and key not in free:
             parser.error(f"{flag(key)} does not go with --eval: the checkpoint says it")
     if (args.predict or args.export) and not args.eval:
         parser.error(f"{'--predict' if args.predict else '--export'} needs --eval CKPT")
-    if args.crop and args.size and args.crop > args.size:
-        parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     if args.export and (not args.export.endswith(".pt2") or os.path.lexists(args.export)):
         parser.error(f"--export {args.export}: expected a new file that ends in .pt2")
 
@@ -1046,21 +935,15 @@ def parse(argv=None):
         if (value := getattr(args, key)) is not None:
             parser.error(f"{flag(key if value else 'no_' + key)} does not go with --uniad")
     name = args.data or "toy"
-    preset = PAPER | {"root": str(Path("data", "" if "+" in name else name))}
+    preset = PAPER | {"query": "layerwise" if args.uniad else "inr"}
     preset |= TOY if name == "toy" and not args.bench else {"holdout": 0.1} if name == "folder" else {}
-    preset["query"] = "layerwise" if args.uniad else "inr"
-    if args.backbone:
-        preset["weights"] = None
-    for key, value in preset.items():
-        if getattr(args, key) is None:  # what the user typed wins
-            setattr(args, key, value)
-    allowed = ("layerwise", "pool", "token", "text") if args.uniad else ("inr", "mlp", "learned")
-    if args.query not in allowed:
-        parser.error(f"--query {args.query}: with{'' if args.uniad else 'out'} --uniad choose from "
-                     + ", ".join(allowed))
+    preset |= {"weights": None} if args.backbone else {}  # "none" is for the toy set's own
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)  # what the user typed wins
+    if (args.query in ("inr", "mlp", "learned")) == args.uniad:
+        parser.error(f"--query {args.query} does not go with{'' if args.uniad else 'out'} --uniad")
     if args.query == "learned" and not args.prior_loss and args.prompt != "feature":
-        parser.error(f"--prompt {args.prompt}: nothing uses the class token with --query learned "
-                     "--no-prior-loss")
+        parser.error(f"--prompt {args.prompt}: with --query learned --no-prior-loss nothing uses the token")
     if (args.query == "text") != bool(args.text):
         parser.error("--query text and --text FILE go together")
     if name == "cifar10" and (args.prompt == "label" or args.query in ("pool", "token", "text")):
@@ -1072,24 +955,16 @@ def parse(argv=None):
 
 def main(argv=None):
     """Parse, then one of train, evaluate, predict, export, bench.
-
-    Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted.
-    """
+    Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted."""
     code, line = 0, None
     try:
-        with contextlib.redirect_stderr(io.StringIO() if RANK else sys.stderr):
+        with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
             args = parse(argv)
-        device = start(args.device)
-        if args.bench:
-            bench(args, device)
-        elif args.predict:
-            code = 0 if predict(args, device) else 1
-        elif args.export:
-            export(args)
-        elif args.eval:
-            eval_run(args, device)
-        else:
-            train_run(args, device)
+        action = (bench if args.bench else
+                  predict if args.predict else
+                  export if args.export else
+                  eval_run if args.eval else train_run)
+        code = int(action(args, start(args.device)) is False)  # predict's: not all images were judged
     except (data.DataError, OSError) as error:
         code, line = 2, f"error: {error}"
         time.sleep(10 if RANK else 0)  # process 0 mostly has the same error; torchrun then ends this process

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,7 @@ def test_seeds_and_separate_models(script, tmp_path):
     (["--epochs", "0"], "--epochs"), (["--weights", "/nowhere.pt"], "/nowhere.pt"), (["--eval", "/nowhere.pt"], "/nowhere.pt"),
     (["--predict", "x.png"], "--eval"), (["--seed", "x"], "--seed"), (["--device", "cuda:99"], "--device"), (["--device", "meta"], "--device meta"),
     (["--seed", "20250101123456"], "--seed 20250101123456"), (["--size", "32"], "--size 32"), (["--lr", "nan"], "--lr nan"),
+    (["--crop", "129"], "--crop 129 is larger than --size 128"),
     (["--backbone", "vit_tiny_patch16_224", "--weights", "none"], "vit_tiny"), (["--bench", "--eval", "x"], "--bench"),
     (["--backbone", "nonsense", "--weights", "none"], "nonsense"), (["--eval", __file__], "not a readable checkpoint")],
     ids=str)
@@ -130,8 +132,9 @@ def test_bad_input_is_one_line(script, args, said, tmp_path):
 
 
 def test_eval_takes_everything_from_the_checkpoint(script, run, tmp_path):
-    result = inside(script, "--eval", run, "--lr", "0.1", "--out", tmp_path)
-    assert result.returncode == 2 and "--lr does not go with --eval" in result.stderr
+    for flag, *value in ["--lr", "0.1"], ["--holdout", "0"], ["--no-unified"]:
+        result = inside(script, "--eval", run, flag, *value, "--out", tmp_path)
+        assert result.returncode == 2 and f"--{flag.split('-')[-1]} does not go with --eval" in result.stderr
     result = inside(script, "--eval", run, "--predict", "x.png", "--classes", "pil", "--out", tmp_path)
     assert result.returncode == 2 and "pill" in result.stderr
 
@@ -157,6 +160,10 @@ def test_a_separate_model_takes_its_own_text(tmp_path):
                    "--query", "text", "--text", tmp_path / "text.safetensors", "--out", tmp_path / "o"))
     for cls, row in rows.items():
         assert torch.equal(torch.load(tmp_path / f"o/seed1-{cls}.pt", weights_only=True)["model"]["text"], row[None])
+    for rows in {"weave": row}, {"weave": row, "pill": row[1:]}:
+        save_file({cls: x.clone() for cls, x in rows.items()}, tmp_path / "bad.safetensors")
+        with pytest.raises(data.DataError, match="--text .*bad.safetensors: expected a row for each class, all of one length"):
+            mintad.read_text(tmp_path / "bad.safetensors", ["weave", "pill"])
 
 
 def test_eval_finds_the_default_root(script, tmp_path, monkeypatch):
@@ -212,8 +219,12 @@ def test_resume_evaluates_anew_and_refuses_other_images(script, parts):
     after = succeed(inside(script, *parts, "--out", "run", "--resume"))
     assert json.load(open("run/metrics.json"))["mean"]["aupro"] is not None and "epoch" not in after.stdout.split("done")[1]
     shutil.copy("parts/pill/train/good/003.png", "parts/pill/train/good/0031.png")
+    arguments = Path("run/args.json").read_bytes()
     result = inside(script, *parts, "--out", "run", "--resume")
     assert result.returncode == 2 and "other images" in result.stderr and ".png" in result.stderr
+    result = inside(script, *parts, "--out", "run", "--resume", "--lr", "0.5")
+    assert result.returncode == 2 and "not 0.5" in result.stderr
+    assert Path("run/args.json").read_bytes() == arguments  # as no such run has begun
 
 
 def test_checkpoints_of_different_settings_are_not_averaged(script, parts):
@@ -221,7 +232,7 @@ def test_checkpoints_of_different_settings_are_not_averaged(script, parts):
     succeed(inside(script, *parts, "--out", "b", "--seed", 2, "--lr", "0.002"))
     shutil.copy("b/seed2-pill.pt", "a")
     result = inside(script, "--eval", "a")
-    assert result.returncode == 2 and "seed2-pill.pt was made with lr = 0.002" in result.stderr
+    assert result.returncode == 2 and "seed2-pill.pt has lr = 0.002" in result.stderr
 
 
 def test_an_untrained_class_is_named_and_stays_out(script, parts):
@@ -313,7 +324,7 @@ def test_predict(script, run, tmp_path):
 def test_export_loads_without_the_project(script, run, tmp_path):
     succeed(inside(script, "--eval", run, "--export", tmp_path / "net.pt2"))
     state = torch.load(run / "seed1.pt", weights_only=True)
-    model = SCRIPTS[script].restore(state, torch.device("cpu"))
+    model = SCRIPTS[script].build(state)
     settings = argparse.Namespace(**state["settings"])
     eager = SCRIPTS[script].Inference(model, settings)
     torch.save(images := torch.rand(8, 3, 64, 64), tmp_path / "images.pt")

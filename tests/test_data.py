@@ -445,6 +445,7 @@ def test_unknown_names(tmp_path):
     assert "'mvtek'" in message and "did you mean 'mvtec'" in message and "goodsad" in message
     assert "'x'" in error(load, "mvtec+x", tmp_path)
     assert "unknown set ''" in error(load, "", tmp_path)
+    assert "cifar10 is joined" in error(load, "mvtec+cifar10", tmp_path)
     message = error(load, "mvtec", trees.mvtec(tmp_path), classes=["botle"])
     assert "--classes botle" in message and "did you mean 'bottle'" in message and "screw" in message
 

@@ -129,7 +129,7 @@ def test_golden_cases_take_both_branches():
 
 def hard_mined(S, p_lim):
     """Eq. 9."""
-    return minimaxad.mined_mean(S, minimaxad.quantile(S.square(), p_lim))[0]
+    return minimaxad.mined_mean(S, minimaxad.quantile(S.square().flatten(), p_lim))[0]
 
 
 def test_other_losses_by_hand():
@@ -181,7 +181,7 @@ def test_losses_beyond_the_elements_that_torch_quantile_takes():
     rank = 0.9995 * (n - 1)
     low, high = np.partition(squares, [int(rank), int(rank) + 1])[[int(rank), int(rank) + 1]].astype(float)
     beta = low + (high - low) * (rank - int(rank))
-    assert minimaxad.quantile(S.square(), 0.9995).item() == pytest.approx(beta, rel=1e-6)
+    assert minimaxad.quantile(S.square().flatten(), 0.9995).item() == pytest.approx(beta, rel=1e-6)
     assert hard_mined(S, 0.9995).item() == pytest.approx(squares[squares >= beta].mean(dtype=float), rel=1e-5)
     variance = S.numpy().var(dtype=float)
     mined = squares >= float(S.max()) - variance  # alpha for p_hard = 1
@@ -373,8 +373,8 @@ def test_fusing_with_large_statistics():
 
 def test_storage_is_the_papers():
     model = minimaxad.MiniMaxAD(minimaxad.load_encoder("unireplknet_n", "none"))
-    assert minimaxad.storage(minimaxad.fuse(model)) == pytest.approx(119.4, abs=0.05)  # MiB; the paper's 119 MB
-    assert minimaxad.storage(model) > 120
+    assert metrics.storage(minimaxad.fuse(model)) == pytest.approx(119.4, abs=0.05)  # MiB; the paper's 119 MB
+    assert metrics.storage(model) > 120
 
 
 @pytest.mark.parametrize("name, dims, kernels", [
@@ -456,8 +456,8 @@ def test_bad_names_and_files(tmp_path):
     torch.save({"model": {3: torch.ones(3)}}, tmp_path / "numbers.pth")
     for name, weights, message in [
             ("unireplknet_a", None, "--weights FILE.*UniRepLKNet.*--weights none"),
-            ("unireplknet_x", "none", "unknown, did you mean unireplknet_"),
-            ("resnet81", "none", "unknown, did you mean resnet18"),
+            ("unireplknet_x", "none", "Unknown model .unireplknet_x."),
+            ("resnet81", "none", "Unknown model .resnet81."),
             ("resnet18.tv", "none", "resnet18.tv"),
             ("vit_tiny_patch16_224", "none", "strides"),
             ("swin_tiny_patch4_window7_224", "none", "not a CNN"),
@@ -607,6 +607,13 @@ def test_variance_of_normalised_maps():
     assert minimaxad.map_variance(maps).item() == pytest.approx(sum(u.var(ddof=1) for u in unit), rel=1e-5)
     zero_mean = [m - m.mean(1, keepdim=True) for m in maps]
     assert minimaxad.map_variance(zero_mean).item() == pytest.approx(1 / 3 + 1 / 8 + 1 / 16, rel=0.1)
+
+
+def test_presets():
+    assert minimaxad.parse(["--data", "cifar10", "--no-unified"]).unified  # its only setting
+    assert minimaxad.parse(["--bench", "--arch", "rd"]).backbone == minimaxad.RD["backbone"]
+    assert minimaxad.parse(["--arch", "rd"]).epochs == minimaxad.TOY["epochs"]
+    assert minimaxad.parse(["--data", "aebad", "--size", "300"]).crop is None
 
 
 def test_paper_figures():
