@@ -27,6 +27,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image, ImageOps
+from torchvision import datasets
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
@@ -178,7 +179,6 @@ def cifar10(root, cls, files, normals):
 @lru_cache(2)
 def cifar10_arrays(root, split):
     """uint8 N x 32 x 32 x 3 and N labels of the train or test images of CIFAR-10's python version."""
-    from torchvision import datasets   # not at the top: the other sets do without it
     try:                               # it checks every file's MD5 before it unpickles
         part = datasets.CIFAR10(Path(root).resolve().parent, train=split == "train")
     except Exception:
@@ -407,8 +407,6 @@ def decode(samples, size, crop=None, masks=False, cache=None, workers=None, name
     with a line per class and oddity of its masks. DataError: an unreadable image, a cache not to be written.
     """
     side, settings = crop or size, {"size": size, "crop": crop, "masks": masks}
-    if side > size:
-        raise DataError(f"--crop {crop} is larger than --size {size}")
     record = np.dtype([("pixels", bool if masks else np.uint8, (side, side) if masks else (side, side, 3)),
                        ("notes", bool, len(NOTES))])
 

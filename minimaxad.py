@@ -522,8 +522,7 @@ class Inference(nn.Module):
         self.model, self.size, self.score = fuse(model), args.crop or args.size, args.score
 
     def forward(self, image):
-        encoder = self.model.encoder
-        maps = self.model((image - encoder.mean) / encoder.std)
+        maps = self.model((image - self.model.encoder.mean) / self.model.encoder.std)
         return image_score(anomaly_map(*maps, self.size, "bilinear"), self.score)
 
 def judge(model, args, classes, samples, images, device):
@@ -568,6 +567,7 @@ def train_run(args, device):
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          images=listing, model=None, optimizer=None, normal=None)
             state = from_first(resume, folder, state) if args.resume else state
+            from_first(metrics.save_json, folder / "args.json", vars(args), {})
             torch.manual_seed(seed)
             model = build(state, backbone).to(device)
             if state["normal"] is None:  # not finished
@@ -629,7 +629,7 @@ def claim(args):
         folder = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
     if RANK == 0:
         data.LOG.append(data.claim(folder, PROGRAM, args.resume))
-        if not (args.resume and (folder / "args.json").exists()):
+        if args.eval:
             metrics.save_json(folder / "args.json", vars(args), {})
     return folder
 
@@ -690,9 +690,9 @@ def build(state, encoder=None):
 # ---------------------------------------------------------------- a trained model's use
 def predict(args, device):
     """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
-    state, = load_run(args)
+    typed, (state,) = args.classes, load_run(args)  # which fills in the classes of the training
     model, classes = build(state).to(device), state["classes"]
-    asked = args.classes or (classes if len(classes) == 1 else [])
+    asked = typed or (classes if len(classes) == 1 else [])
     if len(asked) > 1 or not {*asked} <= {*classes} or model.needs_label and not asked:
         raise data.DataError(f"--classes: this model takes one of {', '.join(classes)}")
 
@@ -795,9 +795,9 @@ def gather(x):
     """Rows RANK::WORLD, as many on each process -> all, in order, on every process."""
     if WORLD == 1:
         return x
-    parts = x.new_empty(WORLD * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous())
-    return parts.unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1)  # WORLD x n x .. -> N x ..
+    parts = list(x.new_empty(WORLD, *x.shape))
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)  # n x WORLD x .. -> N x ..
 
 # ---------------------------------------------------------------- the paper's published figures, in %
 TABLES = {  # (set, unified?): columns (rd: RD + global, fr: MiniMaxAD + adc, fp: MiniMaxAD + global), rows
@@ -862,8 +862,8 @@ RANGES = dict(size=(64, 2**14), crop=(64, 2**14), holdout=(0, 0.9), workers=(1, 
               batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1),
               seed=(0, 2**31 - 1), p_hard=(0, 1), p_lim=(0, 1))
 
-def flag(key):
-    return "--" + key.replace("_", "-")
+def flag(key, value=None):
+    return ("--no-" if value is False else "--") + key.replace("_", "-")
 
 def show(settings):
     return ", ".join(f"{flag(key)[2:]} {value}" for key, value in settings.items() if value is not None)
@@ -916,9 +916,11 @@ def check(parser, args):
     free = ("classes",) if args.predict else ("score",)  # all else is the checkpoint's
     for key in (*SETTINGS, "seed", "resume", "bench"):
         if args.eval and getattr(args, key) is not None and key not in free:
-            parser.error(f"{flag(key)} does not go with --eval: the checkpoint says it")
+            parser.error(f"{flag(key, getattr(args, key))} does not go with --eval: the checkpoint says it")
     if (args.predict or args.export) and not args.eval:
         parser.error(f"{'--predict' if args.predict else '--export'} needs --eval CKPT")
+    if args.crop and args.crop > args.size:
+        parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     if args.export and (not args.export.endswith(".pt2") or os.path.lexists(args.export)):
         parser.error(f"--export {args.export}: expected a new file that ends in .pt2")
 
@@ -937,11 +939,11 @@ def parse(argv=None):
     add("--augment", action="store_const", const=True, help="random crop and flip (authors' code on AeBAD)")
     add("--score", choices=("max", "mean", "max5x5", "top1"), help="default max, cifar10 mean; with --eval")
     args = parser.parse_args(argv)
-    check(parser, args)
     if not args.eval:
         parser.set_defaults(**preset(args))
         args = parser.parse_args(argv)  # what the user typed wins
         args.unified |= args.data == "cifar10"  # UniAD's protocol has no other setting
+    check(parser, args)
     return args
 
 def preset(args):
@@ -960,16 +962,14 @@ def preset(args):
         log(f"note: the paper has no settings for {name}{' unified' * unified}; taking those of {nearest[0]}")
     if args.arch == "rd":
         found |= RD | ({"epochs": TOY["epochs"], "backbone": "resnet18"} if name == "toy" else {})
-    if args.size:
-        found["crop"] = None  # the preset's crop belongs to its size
-    return found
+    return found | ({"crop": None} if args.size else {})  # the preset's crop belongs to its size
 
 def main(argv=None):
     """Parse, then one of train, evaluate, predict, export, bench.
     Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted."""
     code, line = 0, None
     try:
-        with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
+        with contextlib.redirect_stderr(open(os.devnull, "w", errors="replace") if RANK else sys.stderr):
             args = parse(argv)
         action = (bench if args.bench else
                   predict if args.predict else

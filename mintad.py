@@ -362,7 +362,7 @@ def build(state, backbone=None):
 
 def read_text(path, classes):
     """K x E text embeddings from a safetensors file with one row (a tensor of E) per class name."""
-    with data.explain(f"--text {path}: expected a row for each class, all of one length"):
+    with data.explain(f"--text {path}: expected a row for each of {', '.join(classes)}, all of one length"):
         rows = data.read_tensors(path)
         return torch.stack([rows[cls].float().flatten() for cls in classes])
 
@@ -551,6 +551,7 @@ def train_run(args, device):
             state = dict(name=name, settings=settings, root=args.root, seed=seed, classes=classes, epoch=0,
                          images=listing, model=None, optimizer=None, normal=None)
             state = from_first(resume, folder, state) if args.resume else state
+            from_first(metrics.save_json, folder / "args.json", vars(args), {})
             torch.manual_seed(seed)
             model = build(state, backbone).to(device)
             if state["normal"] is None:  # not finished
@@ -612,7 +613,7 @@ def claim(args):
         folder = (source if source.is_dir() else source.parent) / ("predict" if args.predict else "eval")
     if RANK == 0:
         data.LOG.append(data.claim(folder, PROGRAM, args.resume))
-        if not (args.resume and (folder / "args.json").exists()):
+        if args.eval:
             metrics.save_json(folder / "args.json", vars(args), {})
     return folder
 
@@ -662,9 +663,9 @@ def load_run(args):
 # ---------------------------------------------------------------- a trained model's use
 def predict(args, device):
     """Score, verdict, class and picture of the images --predict names; True if all could be judged."""
-    state, = load_run(args)
+    typed, (state,) = args.classes, load_run(args)  # which fills in the classes of the training
     model, classes = build(state).to(device), state["classes"]
-    asked = args.classes or (classes if len(classes) == 1 else [])
+    asked = typed or (classes if len(classes) == 1 else [])
     if len(asked) > 1 or not {*asked} <= {*classes} or model.needs_label and not asked:
         raise data.DataError(f"--classes: this model takes one of {', '.join(classes)}")
 
@@ -786,9 +787,9 @@ def gather(x):
     """Rows RANK::WORLD, as many on each process -> all, in order, on every process."""
     if WORLD == 1:
         return x
-    parts = x.new_empty(WORLD * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous())
-    return parts.unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1)  # WORLD x n x .. -> N x ..
+    parts = list(x.new_empty(WORLD, *x.shape))
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)  # n x WORLD x .. -> N x ..
 
 # ---------------------------------------------------------------- the paper's published figures
 TABLES = {  # (set, unified?): first the columns, then the rows
@@ -852,8 +853,8 @@ RANGES = dict(size=(64, 2**14), crop=(64, 2**14), holdout=(0, 0.9), workers=(1, 
               batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1e3), gamma=(0, 1), quantile=(0, 1),
               seed=(0, 2**31 - 1), p_hard=(0, 1), p_lim=(0, 1))
 
-def flag(key):
-    return "--" + key.replace("_", "-")
+def flag(key, value=None):
+    return ("--no-" if value is False else "--") + key.replace("_", "-")
 
 def show(settings):
     return ", ".join(f"{flag(key)[2:]} {value}" for key, value in settings.items() if value is not None)
@@ -906,9 +907,11 @@ def check(parser, args):
     free = ("classes",) if args.predict else ("score",)  # all else is the checkpoint's
     for key in (*SETTINGS, "seed", "resume", "bench"):
         if args.eval and getattr(args, key) is not None and key not in free:
-            parser.error(f"{flag(key)} does not go with --eval: the checkpoint says it")
+            parser.error(f"{flag(key, getattr(args, key))} does not go with --eval: the checkpoint says it")
     if (args.predict or args.export) and not args.eval:
         parser.error(f"{'--predict' if args.predict else '--export'} needs --eval CKPT")
+    if args.crop and args.crop > args.size:
+        parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     if args.export and (not args.export.endswith(".pt2") or os.path.lexists(args.export)):
         parser.error(f"--export {args.export}: expected a new file that ends in .pt2")
 
@@ -928,12 +931,12 @@ def parse(argv=None):
     add("--uniad", action="store_const", const=True, help="the UniAD baseline, whole")
     add("--text", metavar="FILE", help="--query text: safetensors, a row of text embedding per class name")
     args = parser.parse_args(argv)
-    check(parser, args)
     if args.eval:
+        check(parser, args)
         return args
     for key in ("prompt", "literal", "adapter", "cls_loss", "prior_loss") if args.uniad else ():
         if (value := getattr(args, key)) is not None:
-            parser.error(f"{flag(key if value else 'no_' + key)} does not go with --uniad")
+            parser.error(f"{flag(key, value)} does not go with --uniad")
     name = args.data or "toy"
     preset = PAPER | {"query": "layerwise" if args.uniad else "inr"}
     preset |= TOY if name == "toy" and not args.bench else {"holdout": 0.1} if name == "folder" else {}
@@ -951,6 +954,7 @@ def parse(argv=None):
     args.unified |= name == "cifar10"  # UniAD's protocol has no other setting
     args.cls_loss &= args.prompt == "feature"  # no classifier, no Eq. 1
     args.prior_loss &= args.query != "mlp"  # Sec. 0.B.6
+    check(parser, args)
     return args
 
 def main(argv=None):
@@ -958,7 +962,7 @@ def main(argv=None):
     Exit status 0; 1: an image not judged, or a process died; 2: a line says why; 130: interrupted."""
     code, line = 0, None
     try:
-        with contextlib.redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):
+        with contextlib.redirect_stderr(open(os.devnull, "w", errors="replace") if RANK else sys.stderr):
             args = parse(argv)
         action = (bench if args.bench else
                   predict if args.predict else

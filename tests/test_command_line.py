@@ -129,12 +129,13 @@ def test_seeds_and_separate_models(script, tmp_path):
 def test_bad_input_is_one_line(script, args, said, tmp_path):
     result = inside(script, "--out", tmp_path / "o", *args)
     assert result.returncode == 2 and said in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert "--crop" not in args or not (tmp_path / "o").exists()
 
 
 def test_eval_takes_everything_from_the_checkpoint(script, run, tmp_path):
     for flag, *value in ["--lr", "0.1"], ["--holdout", "0"], ["--no-unified"]:
         result = inside(script, "--eval", run, flag, *value, "--out", tmp_path)
-        assert result.returncode == 2 and f"--{flag.split('-')[-1]} does not go with --eval" in result.stderr
+        assert result.returncode == 2 and f"{flag} does not go with --eval" in result.stderr
     result = inside(script, "--eval", run, "--predict", "x.png", "--classes", "pil", "--out", tmp_path)
     assert result.returncode == 2 and "pill" in result.stderr
 
@@ -146,6 +147,12 @@ def test_eval_of_an_unfinished_training_says_so(script, run, tmp_path):
     assert "training stopped after epoch 2 of 3" in result.stdout
     result = inside(script, "--eval", tmp_path, "--predict", "x.png")
     assert result.returncode == 2 and "--resume" in result.stderr
+
+
+def test_a_unified_model_of_some_classes_judges_without_a_class(script, tmp_path):
+    succeed(inside(script, *tiny(script), "--epochs", 1, "--classes", "pill", "weave", "--out", tmp_path / "r"))
+    data.read_image("toy:pill/test/good/000").save(tmp_path / "a.png")
+    succeed(inside(script, "--eval", tmp_path / "r/seed1.pt", "--predict", tmp_path / "a.png", "--out", tmp_path / "p"))
 
 
 def test_one_output_at_a_time(script, run):
@@ -162,7 +169,7 @@ def test_a_separate_model_takes_its_own_text(tmp_path):
         assert torch.equal(torch.load(tmp_path / f"o/seed1-{cls}.pt", weights_only=True)["model"]["text"], row[None])
     for rows in {"weave": row}, {"weave": row, "pill": row[1:]}:
         save_file({cls: x.clone() for cls, x in rows.items()}, tmp_path / "bad.safetensors")
-        with pytest.raises(data.DataError, match="--text .*bad.safetensors: expected a row for each class, all of one length"):
+        with pytest.raises(data.DataError, match="--text .*bad.safetensors: expected a row for each of weave, pill, all of one length"):
             mintad.read_text(tmp_path / "bad.safetensors", ["weave", "pill"])
 
 
@@ -216,7 +223,8 @@ def test_resume_evaluates_anew_and_refuses_other_images(script, parts):
     before = succeed(inside(script, *parts, "--out", "run"))
     assert "pill: no pixel metrics" in before.stdout
     os.rename("masks", "parts/pill/ground_truth")
-    after = succeed(inside(script, *parts, "--out", "run", "--resume"))
+    after = succeed(inside(script, *parts, "--out", "run", "--resume", "--workers", 1))
+    assert json.load(open("run/args.json"))["args"]["workers"] == 1
     assert json.load(open("run/metrics.json"))["mean"]["aupro"] is not None and "epoch" not in after.stdout.split("done")[1]
     shutil.copy("parts/pill/train/good/003.png", "parts/pill/train/good/0031.png")
     arguments = Path("run/args.json").read_bytes()
