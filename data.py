@@ -305,7 +305,8 @@ def locate(name, root):
 
 def nearest(name, known):
     match = difflib.get_close_matches(name, known, 1)
-    return "".join(f", did you mean '{other}'?" for other in match) + f"; known: {', '.join(known)}"
+    listed = f"; known: {', '.join(known)}" if len(known) < 100 else ""        # timm has 1,300 names
+    return "".join(f", did you mean '{other}'?" for other in match) + listed
 
 def listing(samples):
     """A line per sample: its path below the deepest folder that holds all, whatever root is, and its size."""

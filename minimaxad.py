@@ -17,8 +17,7 @@ Details and their sources; where paper and authors' code disagree, or this file 
 
  1. Encoder: UniRepLKNet's stages 1 to 3, frozen, fused; each output passes a LayerNorm without learned values
     (the authors' norm0..2 are not in the ImageNet checkpoint, so stay 1 and 0). Or any timm CNN.
- 2. Convolutions of bottleneck and decoder start by Kaiming, fan out, transposed ones by torch's default;
-    those outside the blocks have no bias (authors' code).
+ 2. Bottleneck, decoder: Kaiming, fan out (transposed: torch's default); no bias outside blocks (their code).
  3. Eq. 4's index 0 is a slip for 1. Eq. 8 compares S^2 with a quantile of S (paper and authors' code).
  4. Test: S is blurred (sigma 4), the score its maximum (Reverse Distillation, the authors' first evaluation).
  5. AdamW, lr 5e-3, x 0.995 each epoch, weight decay 5e-5 (authors' code 1e-5), the last batch is kept.
@@ -280,6 +279,9 @@ def load_encoder(name, weights):
             raise data.DataError(f"--backbone {name}: pass --weights FILE, the ImageNet-1K checkpoint from "
                                  "https://github.com/AILab-CVC/UniRepLKNet, or --weights none (untrained)")
         data.load_weights(encoder, name, weights, authors_key)
+    elif not timm.is_model(name):
+        guess = data.nearest(name, [*UNIREPLKNET, *timm.list_models()])
+        raise data.DataError(f"--backbone {name}: unknown{guess}")
     else:
         encoder = TimmEncoder(name)
         data.load_weights(encoder.net, name, weights)
@@ -506,8 +508,7 @@ def train(model, state, samples, images, index, folder, device):
 def augmented(samples, size, device):
     """The authors' augmentation for AeBAD, random resized crop and flip: B x 3 x size x size in 0..1."""
     from torchvision.transforms import v2
-    bicubic = v2.InterpolationMode.BICUBIC
-    one = v2.Compose([v2.RandomResizedCrop(size, scale=(0.7, 1.0), interpolation=bicubic),
+    one = v2.Compose([v2.RandomResizedCrop(size, (0.7, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
                       v2.RandomHorizontalFlip(), v2.PILToTensor()])
     with ThreadPoolExecutor() as threads:
         images = [one(image) for image in threads.map(data.read_image, [sample.image for sample in samples])]
@@ -700,7 +701,6 @@ def predict(args, device):
         samples = [data.Sample("", 0, None, *(asked or [""]), "")] * len(images)
         maps, scores, found = judge(model, args, classes, samples, images, device)
         return maps, scores, asked or [classes[int(k)] if k >= 0 else None for k in found]
-
     return metrics.predict(data.find_images(args.predict), look, args.size, args.crop, state["normal"],
                            args.quantile, claim(args), log)
 

@@ -673,7 +673,6 @@ def predict(args, device):
         samples = [data.Sample("", 0, None, *(asked or [""]), "")] * len(images)
         maps, scores, found = judge(model, args, classes, samples, images, device)
         return maps, scores, asked or [classes[int(k)] if k >= 0 else None for k in found]
-
     return metrics.predict(data.find_images(args.predict), look, args.size, args.crop, state["normal"],
                            args.quantile, claim(args), log)
 

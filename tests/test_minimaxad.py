@@ -456,8 +456,8 @@ def test_bad_names_and_files(tmp_path):
     torch.save({"model": {3: torch.ones(3)}}, tmp_path / "numbers.pth")
     for name, weights, message in [
             ("unireplknet_a", None, "--weights FILE.*UniRepLKNet.*--weights none"),
-            ("unireplknet_x", "none", "Unknown model .unireplknet_x."),
-            ("resnet81", "none", "Unknown model .resnet81."),
+            ("unireplknet_x", "none", "unknown, did you mean 'unireplknet_"),
+            ("resnet81", "none", "unknown, did you mean 'resnet18"),
             ("resnet18.tv", "none", "resnet18.tv"),
             ("vit_tiny_patch16_224", "none", "strides"),
             ("swin_tiny_patch4_window7_224", "none", "not a CNN"),
