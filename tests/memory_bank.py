@@ -1,12 +1,13 @@
-"""Nearest neighbour memory bank to compare the methods with: one bank per class, of all training patches.
+"""Nearest-neighbour memory bank to compare MINT-AD with: one bank per class, of all its patches.
 
-    python tests/memory_bank.py --data mvtec --root DIR --backbone NAME --weights FILE --size 224
+    python tests/memory_bank.py --data mvtec --root DIR --backbone NAME --weights FILE --pool area
 
-Patch: a position of a frozen backbone's levels, each averaged over 3 x 3 positions (zeros beyond the border)
-and resized to stride 16, every channel divided by its deviation over the class's training images. Map:
-distance to the nearest training patch, bilinear to the image size. Score: the map's maximum. Unlike the
-methods' maps, nothing is resized with aligned corners, which made the bank worse.
+A patch is the feature of one position, each channel divided by its deviation over the class's
+training images. Map: the distance to the nearest training patch, enlarged. Score: its maximum.
+--pool bilinear and area have MINT-AD's features and enlargement, so that only the methods differ.
+--pool blur averages levels 4, 8 and 16 over 3 x 3 positions and resizes by half-pixel centres.
 """
+
 import argparse
 import sys
 import time
@@ -21,57 +22,81 @@ import data
 import metrics
 import mintad
 
-class Patches(mintad.Backbone):
-    """Images B x 3 x S x S in 0..1 -> patches B x P x C, not divided yet."""
+
+class Blurred(mintad.Backbone):
+    """Images B x 3 x S x S in 0..1 -> patches B x P x C of the levels 4, 8 and 16."""
 
     def forward(self, image):
-        levels = [F.avg_pool2d(x, 3, 1, 1) for x in self.net((image - self.image_mean) / self.image_std)]
+        levels = self.net((image - self.image_mean) / self.image_std)[1:]
+        levels = [F.avg_pool2d(x, 3, stride=1, padding=1) for x in levels]
         levels = [F.interpolate(x, (self.H, self.W), mode="bilinear") for x in levels]
         return torch.cat(levels, 1).flatten(2).transpose(1, 2)  # B x C x H x W -> B x P x C
 
+
 @torch.no_grad()
 def bank_maps(backbone, train, test, device):
-    """Maps M x S x S of uint8 M x S x S x 3 test images, by N x S x S x 3 training images of their class."""
-    f, f_test = (mintad.extract(backbone, x, device) for x in (train, test))
-    std = mintad.channel_statistics(f)[1].to(device)
-    bank = f.to(device).flatten(0, 1).float() / std  # N*P x C
-    # An image at a time: P x N*P distances are 50 to 200 MB.
-    nearest = [torch.cdist(x.to(device).float() / std, bank).amin(1) for x in f_test]
-    maps = torch.stack(nearest).view(-1, 1, backbone.H, backbone.W)  # M x 1 x H x W
-    return F.interpolate(maps, test.shape[1:3], mode="bilinear").squeeze(1).cpu().numpy()
+    """Maps M x S x S of test images, uint8 M x S x S x 3; train: N x S x S x 3 of their class."""
+
+    def features(images):  # N x P x C
+        labels = torch.zeros(len(images))
+        return mintad.infer(lambda image, _: [backbone(image)], images, labels, device)[0]
+
+    f = features(train)
+    _, std = mintad.channel_statistics(f)
+    bank = (f / std).flatten(0, 1).to(device)  # N x P x C -> N*P x C
+    nearest = []
+    for x in features(test) / std:  # an image at a time: P x N*P distances are 50 to 200 MB
+        nearest.append(torch.cdist(x.to(device), bank).amin(1))
+    s = torch.stack(nearest).unflatten(1, (1, backbone.H, backbone.W))  # M x P -> M x 1 x H x W
+    aligned = backbone.pool == "bilinear"
+    s = F.interpolate(s, test.shape[1:3], mode="bilinear", align_corners=aligned)
+    return s.squeeze(1).cpu().numpy()
+
 
 def compare(args):
-    """Returns metrics.evaluate's result for the data set; prints a line per class."""
-    device, dataset = mintad.start(args.device), data.load(args.data, args.root, args.classes)
-    train, test = (data.decode(samples, args.size) for samples in (dataset.train, dataset.test))
-    masks = data.decode(dataset.test, args.size, masks=True)
+    """{row: metrics} of the data set; prints a line per class."""
+    classes, train, test = data.load(args.data, args.root, args.classes)
+    images = data.decode(train, args.size)
+    test_images = data.decode(test, args.size)
+    masks = data.decode_masks(test, args.size)
+    device = torch.device(args.device)
     torch.manual_seed(0)  # an untrained backbone is the same each time
-    backbone = Patches(args.backbone, args.size, args.weights, args.levels).to(device)
+    kind = Blurred if args.pool == "blur" else mintad.Backbone
+    backbone = kind(args, args.weights).to(device)
+
     maps = np.zeros(masks.shape, np.float32)
-    for cls in dataset.classes:
+    for cls in classes:
         start = time.time()
-        fit, mine = ([i for i, sample in enumerate(samples) if sample.cls == cls]
-                     for samples in (dataset.train, dataset.test))
-        if mine:
-            maps[mine] = bank_maps(backbone, train[fit], test[mine], device)
+        own = np.flatnonzero([sample.cls == cls for sample in train])
+        mine = np.flatnonzero([sample.cls == cls for sample in test])
+        if len(mine):
+            maps[mine] = bank_maps(backbone, images[own], test_images[mine], device)
         print(f"{cls}: {time.time() - start:.0f} s", flush=True)
-    return metrics.evaluate(dataset.test, maps.max((1, 2)), maps, masks, print)
+
+    results = {}
+    for row in dict.fromkeys(sample.row for sample in test):
+        index = np.flatnonzero([sample.row == row for sample in test])
+        s = maps[index]
+        results[row] = metrics.evaluate([test[i] for i in index], s.max((1, 2)), s, masks[index])
+    return results
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sets = [name for name in data.SETS if name != "cifar10"]  # its anomalies have no bank
     parser.add_argument("--data", choices=sets, default="toy")
-    parser.add_argument("--root", metavar="DIR", help="where the data lies (default data/NAME)")
-    parser.add_argument("--classes", nargs="+", metavar="A", help="a subset of the classes")
-    parser.add_argument("--backbone", default=mintad.PAPER["backbone"], metavar="NAME", help="any timm CNN")
-    parser.add_argument("--weights", metavar="FILE|none", help="its checkpoint (default: timm's download)")
-    parser.add_argument("--levels", type=int, nargs="+", default=[4, 8, 16], help="strides, 16 among them")
-    parser.add_argument("--size", type=int, default=mintad.PAPER["size"], help="pixels (default %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    parser.add_argument("--root", help="where the data lies, if not in data/NAME")
+    parser.add_argument("--classes", nargs="+", help="a subset")
+    parser.add_argument("--backbone", default="tf_efficientnet_b4.aa_in1k", help="any timm CNN")
+    parser.add_argument("--weights", help="its checkpoint, or none: untrained")
+    parser.add_argument("--pool", choices=["blur", "bilinear", "area"], default="blur")
+    parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     try:
-        print(metrics.table(compare(parser.parse_args(argv))))
+        print(metrics.table([compare(parser.parse_args(argv))], {}))
     except data.DataError as error:
         parser.exit(2, f"error: {error}\n")
+
 
 if __name__ == "__main__":
     main()

@@ -1,550 +1,363 @@
-"""metrics.py against scikit-learn, a brute-force region loop over all thresholds, and figures by hand."""
+"""metrics.py against scikit-learn, a brute-force loop over all thresholds, and figures by hand."""
 
+import csv
 import json
 import math
-import os
 import re
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import trees
 from PIL import Image
+from scipy import ndimage, stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import metrics
 
-LIMITS = [0.001, 0.05, 0.3, 0.5, 1.0]
+NAN = math.nan
+UNDEFINED = {"p_auroc": NAN, "p_aupr": NAN, "aupro": NAN}
 
 
-def flood_regions(mask):
-    """8-connected regions of one mask as lists of (y, x), by flood fill."""
-    todo, regions = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask))}, []
-    while todo:
-        stack, region = [todo.pop()], []
-        while stack:
-            y, x = stack.pop()
-            region.append((y, x))
-            for near in {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & todo:
-                todo.remove(near)
-                stack.append(near)
-        regions.append(region)
-    return regions
-
-
-def pro_curve(maps, masks):
-    """(false positive rate, per-region overlap) with the threshold at every distinct score, highest first."""
-    regions = [np.array([m[p] for p in region]) for m, k in zip(maps, masks) for region in flood_regions(k)]
-    normal = maps[~masks]
-    curve = [(0.0, 0.0)]
+def brute_force_aupro(maps, masks, limit):
+    """With the threshold at every value: per-region overlap over the false positive rate."""
+    regions = []
+    for s, mask in zip(maps, masks, strict=True):
+        label, count = ndimage.label(mask, np.ones((3, 3)))
+        regions += [s[label == i + 1] for i in range(count)]
+    rate, overlap = [0.0], [0.0]
     for threshold in np.unique(maps)[::-1]:
-        curve.append((np.mean(normal >= threshold), np.mean([np.mean(r >= threshold) for r in regions])))
-    return curve
+        rate.append(np.mean(maps[~masks] >= threshold))
+        overlap.append(np.mean([np.mean(region >= threshold) for region in regions]))
+    last = np.searchsorted(rate, limit)  # the first rate that is not below the limit
+    end = np.interp(limit, rate[last - 1 : last + 1], overlap[last - 1 : last + 1])
+    return np.trapezoid([*overlap[:last], end], [*rate[:last], limit]) / limit
 
 
-def area_below(curve, limit):
-    """Trapezoids up to the limit, where the curve is interpolated, divided by the limit."""
-    area = 0.0
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
-        if x0 >= limit:
-            break
-        if x1 > limit:
-            x1, y1 = limit, y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
-        area += (x1 - x0) * (y0 + y1) / 2
-    return area / limit
-
-
-def random_case(rng):
-    shape = tuple(rng.integers([1, 2, 2], [5, 10, 10]))
-    masks = rng.random(shape) < rng.choice([0.05, 0.2, 0.5, 0.9])  # single pixels up to one large region
-    if rng.random() < 0.3:
-        masks[:, : shape[1] // 2] = False  # room for normal pixels in one piece
-    if not masks.any() or masks.all():
-        masks.flat[0], masks.flat[1] = True, False
-    scores = rng.normal(size=shape) + masks * rng.choice([0.0, 0.5, 2.0, -1.0])
-    kind = rng.integers(5)
-    if kind == 0:
-        scores = np.round(scores)  # few levels, among them negative ones
-    elif kind == 1:
-        scores = np.round(scores * 4) / 4 - 3  # all but a few negative
-    elif kind == 2:
-        scores = (scores > 0).astype(float)  # two levels: every group straddles the limit
-    elif kind == 3:
-        scores = np.exp(scores) * 1e-6
-    return scores.astype(rng.choice([np.float32, np.float64])), masks
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_pixel_metrics_equal_scikit_learn_and_brute_force(seed):
+def random_case(seed):
+    """Maps of 1 to 4 images, every second with few levels and many ties; masks of any density."""
     rng = np.random.default_rng(seed)
-    for _ in range(20):
-        maps, masks = random_case(rng)
-        curve = pro_curve(maps, masks)
-        for limit in LIMITS:
-            got = metrics.pixel_metrics(maps, masks, limit)
-            assert got["aupro"] == pytest.approx(area_below(curve, limit), abs=1e-9)
-        assert got["p_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
-        assert got["p_aupr"] == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-9)
+    shape = rng.integers((1, 2, 2), (5, 10, 10))
+    masks = rng.random(shape) < rng.choice([0.05, 0.2, 0.5, 0.9])
+    masks.flat[:2] = True, False
+    maps = rng.normal(size=shape) + masks * rng.choice([-1, 0, 1, 2])
+    if seed % 2:
+        maps = np.round(maps * rng.choice([0.5, 1, 3]))
+    return maps.astype(rng.choice([np.float32, np.float64])), masks
 
 
-def test_a_tie_group_that_straddles_the_limit_is_cut_there():
-    maps, masks = np.zeros((1, 1, 11)), np.zeros((1, 1, 11), bool)
-    masks[0, 0, 0] = True  # one ramp from (0, 0) to (1, 1): area 0.3 * 0.3 / 2 below the limit
-    got = metrics.pixel_metrics(maps, masks)
-    assert got == pytest.approx({"p_auroc": 0.5, "p_aupr": 1 / 11, "aupro": 0.15})
-    assert metrics.pixel_metrics(maps, masks, 1.0)["aupro"] == pytest.approx(0.5)
+@pytest.mark.parametrize("limit", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("seed", range(40))
+def test_aupro_is_that_of_all_thresholds(seed, limit):
+    maps, masks = random_case(seed)
+    expected = brute_force_aupro(maps, masks, limit)
+    assert metrics.pixel_metrics(maps, masks, limit)["aupro"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_the_default_limit_is_0_3():
-    maps, masks = random_case(np.random.default_rng(5))
-    assert metrics.pixel_metrics(maps, masks) == metrics.pixel_metrics(maps, masks, 0.3)
-
-
-def test_regions_weigh_the_same_and_diagonal_neighbours_are_one_region():
-    maps, masks = np.zeros((2, 4, 8)), np.zeros((2, 4, 8), bool)
-    masks[0, 0, 0] = masks[0, 1, 1] = True  # touch at a corner: one region, half of it found
-    masks[0, 3, 3:] = True  # five pixels, none found
-    masks[1, 0, 0] = True  # lies where an image before has a region, but is its own: found
-    maps[masks] = -1.0
-    maps[0, 0, 0] = maps[1, 0, 0] = 1.0
-    # found at false positive rate 0, the rest only at rate 1
-    assert metrics.pixel_metrics(maps, masks)["aupro"] == pytest.approx((0.5 + 0 + 1) / 3)
-    weight, regions = metrics.region_weights(masks)
-    assert regions == 3
-    assert weight == pytest.approx([0.5, 0.5, 0.2, 0.2, 0.2, 0.2, 0.2, 1])
-
-
-def test_normal_pixels_of_defective_images_count():
-    maps = np.array([[[1.0, 2.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]]])
-    masks = np.array([[[1, 0, 0, 0]], [[0, 0, 0, 0]]], bool)
-    assert metrics.pixel_metrics(maps, masks, 0.3)["aupro"] == pytest.approx(1 - (1 / 7) / 0.3)
+@pytest.mark.parametrize("key", ["p_auroc", "p_aupr"])
+@pytest.mark.parametrize("seed", range(40))
+def test_pixel_metrics_are_scikit_learns(seed, key):
+    maps, masks = random_case(seed)
+    theirs = {"p_auroc": roc_auc_score, "p_aupr": average_precision_score}[key]
+    expected = theirs(masks.ravel(), maps.ravel())
+    assert metrics.pixel_metrics(maps, masks)[key] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_monotone_transform_changes_nothing(seed):
-    maps, masks = random_case(np.random.default_rng(seed))
+    maps, masks = random_case(seed)
     ranks = np.unique(maps, return_inverse=True)[1].reshape(maps.shape)
-    for transformed in (ranks, ranks**3 - 100.0, ranks.astype(np.float32) / 7):
-        assert metrics.pixel_metrics(transformed, masks) == metrics.pixel_metrics(maps, masks)
+    assert metrics.pixel_metrics(ranks**3 - 50.0, masks) == metrics.pixel_metrics(maps, masks)
 
 
-def test_inputs_stay_as_they_are_and_masks_may_be_integers():
-    maps, masks = random_case(np.random.default_rng(3))
-    before = maps.copy()
-    got = metrics.pixel_metrics(maps, masks.astype(np.uint8) * 255)
-    assert np.array_equal(maps, before) and got == metrics.pixel_metrics(maps, masks)
+def test_aupro_is_integrated_up_to_a_false_positive_rate_of_0_3():
+    masks = np.arange(11)[None, None] == 0
+    # All tie: one ramp from (0, 0) to (1, 1), of area 0.3 * 0.3 / 2 below the limit.
+    assert metrics.pixel_metrics(np.zeros((1, 1, 11)), masks)["aupro"] == pytest.approx(0.15)
 
 
-def test_many_pixels_in_float32():
-    rng = np.random.default_rng(0)
-    maps = rng.random((4, 64, 64), dtype=np.float32)
-    masks = np.zeros(maps.shape, bool)
-    masks[1:, 10:30, 10:30] = True
-    masks[2:, 40:50, 5:60] = True
-    maps[masks] += np.float32(0.3)
-    labels, scores = masks.ravel(), maps.ravel()
-    got = metrics.pixel_metrics(maps, masks)
-    assert got["p_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
-    assert got["p_aupr"] == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
-    weights = np.ones(len(labels))  # AUPRO is the area below a weighted ROC curve
-    weights[labels] = metrics.region_weights(masks)[0]
-    for limit in LIMITS:
-        area = roc_auc_score(labels, scores, sample_weight=weights, max_fpr=limit)
-        least = limit / 2  # scikit-learn scales the part of the area so that chance is 0.5 (McClish)
-        area = area if limit == 1 else least + (2 * area - 1) * (1 - least)
-        assert metrics.pixel_metrics(maps, masks, limit)["aupro"] == pytest.approx(area, abs=1e-9)
-
-
-def test_the_benchmark_compares_with_scikit_learn():
-    script = Path(__file__).with_name("benchmark_metrics.py")
-    result = subprocess.run([sys.executable, script, "5"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    found = re.fullmatch(r"5 maps of 224 x 224: [\d.]+ s, peak memory [\d.]+ GB; scikit-learn's AUROC and AP "
-                         r"take ([\d.]+) times as long; largest difference (.*)\n", result.stdout)
-    assert float(found[1]) > 1 and float(found[2]) < 1e-12
+def test_regions_weigh_the_same_touch_at_corners_and_end_with_their_image():
+    maps, masks = np.zeros((2, 4, 8)), np.zeros((2, 4, 8), bool)
+    masks[0, 0, 0] = masks[0, 1, 1] = True  # touch at a corner: one region, half of it found
+    masks[0, 3, 3:] = True  # five pixels, none found
+    masks[1, 0, 0] = True  # lies where the image before has a region, but is its own: found
+    maps[masks] = -1
+    maps[:, 0, 0] = 1
+    assert metrics.pixel_metrics(maps, masks)["aupro"] == pytest.approx((0.5 + 0 + 1) / 3)
 
 
 @pytest.mark.parametrize("masks", [np.zeros((2, 3, 3)), np.ones((2, 3, 3)), np.zeros((0, 3, 3))])
-def test_undefined_pixel_metrics_are_nan(masks):
-    got = metrics.pixel_metrics(np.ones(masks.shape, np.float32), masks)
-    assert list(got) == ["p_auroc", "p_aupr", "aupro"] and all(math.isnan(v) for v in got.values())
+def test_pixel_metrics_of_one_label_are_nan(masks):
+    found = metrics.pixel_metrics(np.ones(masks.shape), masks)
+    assert found == pytest.approx(UNDEFINED, nan_ok=True)
 
 
-@pytest.mark.parametrize("limit", [0, -0.1, 1.01, float("nan")])
-def test_the_limit_must_lie_in_0_1(limit):
-    with pytest.raises(ValueError, match="fpr_limit"):
-        metrics.pixel_metrics(np.ones((1, 2, 2)), np.eye(2, dtype=bool)[None], limit)
-
-
-def test_maps_and_masks_must_agree():
-    with pytest.raises(IndexError, match="did not match"):
-        metrics.pixel_metrics(np.ones((1, 2, 2)), np.ones((1, 2, 3), bool))
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_map_that_is_not_finite_names_the_image(bad):
-    maps = np.zeros((4, 3, 3), np.float32)
-    maps[2, 1, 1] = bad
-    with pytest.raises(data.DataError, match=r"\bimage 2\b"):
-        metrics.pixel_metrics(maps, np.zeros(maps.shape, bool))
-
-
-def test_image_auroc():
-    assert metrics.image_auroc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
-    assert metrics.image_auroc(np.zeros(4), [0, 1, 0, 1]) == 0.5
-    for labels in ([0, 0], [1, 1], []):
-        assert math.isnan(metrics.image_auroc(np.zeros(len(labels)), labels))
-
-
-# ------------------------------------------------------------------------------------------------ evaluate
-
-
-def sample(i, label, row, mask="known"):
-    image = f"root/{row}/test/{'crack' if label else 'good'}/{i:03d}.png"
-    return data.Sample(image, label, mask if label else None, "class", row)
-
-
-def little_set():
+def row_of_the_table():
+    """Four good and four defective images: samples, scores, maps, masks."""
     rng = np.random.default_rng(1)
-    samples = [sample(i, i // 2 % 2, "ba"[i % 2]) for i in range(16)]  # rows b and a interleaved, b first
-    masks = np.array([rng.random((6, 6)) < 0.2 if s.label else np.zeros((6, 6), bool) for s in samples])
-    maps = (rng.random((16, 6, 6)) + 0.4 * masks).astype(np.float32)
-    return samples, maps.max((1, 2)), maps, masks
+    masks = rng.random((8, 6, 6)) < np.arange(8)[:, None, None] // 4 * 0.2
+    samples = [data.Sample(f"{i}.png", i // 4, "c", "row", "m" * (i // 4)) for i in range(8)]
+    return samples, rng.random(8), rng.random((8, 6, 6)) + 0.4 * masks, masks
 
 
-def test_evaluate_works_row_by_row():
-    samples, scores, maps, masks = little_set()
-    result = metrics.evaluate(samples, scores, maps, masks)
-    assert list(result["classes"]) == ["b", "a"]
-    for row, first in ("b", 0), ("a", 1):
-        want = metrics.pixel_metrics(maps[first::2], masks[first::2])
-        want["i_auroc"] = roc_auc_score([s.label for s in samples[first::2]], scores[first::2])
-        assert result["classes"][row] == want
-    for key in "i_auroc", "p_auroc", "p_aupr", "aupro":
-        want = np.mean([result["classes"][row][key] for row in "ab"])
-        assert result["mean"][key] == pytest.approx(want, abs=1e-12)
-    assert result["classes"]["a"] != result["classes"]["b"]
+def test_a_row_has_the_auroc_of_its_images_and_the_metrics_of_its_pixels():
+    samples, scores, maps, masks = row_of_the_table()
+    expected = {"i_auroc": roc_auc_score([0] * 4 + [1] * 4, scores)}
+    expected |= metrics.pixel_metrics(maps, masks)
+    assert metrics.evaluate(samples, scores, maps, masks) == pytest.approx(expected)
 
 
-def test_a_row_with_an_unknown_mask_is_image_level_only():
-    samples, scores, maps, masks = little_set()
-    samples[3] = samples[3]._replace(mask=None)  # a defective image of row a
-    assert samples[3].label and samples[3].row == "a"
-    whole, result = metrics.evaluate(*little_set()), metrics.evaluate(samples, scores, maps, masks)
-    assert result["classes"]["b"] == whole["classes"]["b"]
-    assert result["classes"]["a"]["i_auroc"] == whole["classes"]["a"]["i_auroc"]
-    assert all(math.isnan(result["classes"]["a"][key]) for key in ("p_auroc", "p_aupr", "aupro"))
-    assert result["mean"]["aupro"] == result["classes"]["b"]["aupro"]  # left out of the mean
-
-
-def reasons(change=lambda samples, masks: None):
-    samples, scores, maps, masks = little_set()
-    change(samples, masks)
-    lines = []
-    metrics.evaluate(samples, scores, maps, masks, lines.append)
-    return lines
-
-
-def test_every_undefined_metric_has_its_reason():
-    def relabel(label):
-        def change(samples, masks):  # row a has this label only
-            samples[1::2] = [sample(i, label, "a") for i in range(1, 16, 2)]
-            if not label:
-                masks[1::2] = False
-        return change
-
-    def lose_masks(samples, masks):
-        samples[3], samples[7] = samples[3]._replace(mask=None), samples[7]._replace(mask=None)
-
-    def empty(samples, masks):
-        masks[1::2] = False
-
-    def fill(samples, masks):
-        masks[1::2] = True
-
-    assert reasons() == []
-    good = "8 good and 0 defective test images, 0 with a mask, 0% of all pixels are defect"
-    assert reasons(relabel(0)) == [f"a: no I-AUROC: {good}", f"a: no pixel metrics: {good}"]
-    line, = reasons(relabel(1))
-    assert line.startswith("a: no I-AUROC: 0 good and 8 defective test images, 8 with a mask")
-    assert reasons(lose_masks) == ["a: no pixel metrics: 4 good and 4 defective test images, 2 with a mask"]
-    have = "a: no pixel metrics: 4 good and 4 defective test images, 4 with a mask"
-    assert reasons(empty) == [f"{have}, 0% of all pixels are defect"]
-    assert reasons(fill) == [f"{have}, 100% of all pixels are defect"]
+def test_a_row_with_an_unknown_mask_is_judged_by_its_images_only():
+    samples, scores, maps, masks = row_of_the_table()
+    samples[5] = samples[5]._replace(mask=None)
+    expected = {"i_auroc": roc_auc_score([0] * 4 + [1] * 4, scores), **UNDEFINED}
+    assert metrics.evaluate(samples, scores, maps, masks) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.filterwarnings("error")
-def test_good_images_only_and_no_images_at_all_are_no_crash():
-    samples = [sample(i, 0, "a") for i in range(3)]
-    result = metrics.evaluate(samples, np.arange(3.0), np.zeros((3, 4, 4)), np.zeros((3, 4, 4), bool))
-    assert all(math.isnan(v) for v in [*result["classes"]["a"].values(), *result["mean"].values()])
-    result = metrics.evaluate([], [], np.zeros((0, 4, 4)), np.zeros((0, 4, 4), bool))
-    assert result["classes"] == {} and math.isnan(result["mean"]["i_auroc"])
-    metrics.table(result)
+@pytest.mark.parametrize("half", [slice(0, 4), slice(4, 8)])
+def test_a_row_of_good_or_defective_images_only_has_no_auroc_of_its_images(half):
+    assert math.isnan(metrics.evaluate(*(part[half] for part in row_of_the_table()))["i_auroc"])
 
 
-def test_scores_and_maps_that_are_not_finite_name_the_image():
-    for bad in np.nan, np.inf:
-        samples, scores, maps, masks = little_set()
-        maps[7, 0, 0] = bad
-        with pytest.raises(data.DataError, match="root/a/test/crack/007.png.*map"):
-            metrics.evaluate(samples, scores, maps, masks)
-        samples, scores, maps, masks = little_set()
-        scores[4] = bad
-        with pytest.raises(data.DataError, match="root/b/test/good/004.png.*score") as error:
-            metrics.evaluate(samples, scores, maps, masks)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", ["score", "map"])
+def test_a_score_or_map_that_is_not_finite_names_the_image(which, value):
+    samples, scores, maps, masks = row_of_the_table()
+    (scores if which == "score" else maps)[6:7].flat[0] = value
+    with pytest.raises(data.DataError, match="6.png"):
+        metrics.evaluate(samples, scores, maps, masks)
 
 
-def test_numbers_of_samples_scores_and_maps_must_agree():
-    samples, scores, maps, masks = little_set()
-    for given in (scores[:15], maps), (np.append(scores, 1), maps), (scores, maps[:15]):
-        with pytest.raises(ValueError, match="zip"):
-            metrics.evaluate(samples, *given, masks)
+# -------------------------------------------------------------------------------- the result table
 
 
-# ------------------------------------------------------------------------------------ seeds, table, json
+def result(**rows):
+    """Metrics of x, x - .1, x - .2 and x - .3 in each row; x below .5: image level only."""
+    values = {row: [x, x - 0.1, x - 0.2, x - 0.3] if x >= 0.5 else [x] for row, x in rows.items()}
+    keys = "i_auroc", "p_auroc", "p_aupr", "aupro"
+    return {row: dict(zip(keys, x + [NAN] * 3, strict=False)) for row, x in values.items()}
 
 
-def result_of(**rows):
-    """A result whose four metrics are x, x - .1, x - .2, x - .3 in each row; None: image level only."""
-    nan = float("nan")
-    classes = {
-        row: dict(zip(metrics.METRICS, [x, *[nan if row == "image_only" else x - d for d in (0.1, 0.2, 0.3)]]))
-        for row, x in rows.items()
-    }
-    mean = {k: float(np.nanmean([c[k] for c in classes.values()])) for k in metrics.METRICS}
-    return {"classes": classes, "mean": mean}
+def cells(runs, paper=None):
+    return [re.split("  +", line) for line in metrics.table(runs, paper or {}).splitlines()]
 
 
-def over_seeds(runs):
-    return metrics.over_seeds({seed: run["classes"] for seed, run in runs.items()})
+def test_the_table_has_a_row_per_class_and_their_mean():
+    assert cells([result(bottle=0.98765, cifar=0.4)]) == [
+        ["class", "I-AUROC", "P-AUROC", "P-AUPR", "AUPRO"],
+        ["bottle", "0.988", "0.888", "0.788", "0.688"],
+        ["cifar", "0.400", "-", "-", "-"],
+        ["mean", "0.694", "0.888", "0.788", "0.688"],
+    ]
 
 
-def test_over_seeds_has_mean_deviation_and_every_seed():
-    means = (1, 0.9, 0.8), (11, 0.8, 0.6), (111, 1.0, 0.7)
-    runs = {seed: result_of(a=a, image_only=b) for seed, a, b in means}
-    result = over_seeds(runs)
-    assert set(result) == {"classes", "mean", "seeds", "std"}
-    assert list(result["seeds"]) == ["1", "11", "111"]
-    for seed, run in runs.items():
-        assert result["seeds"][str(seed)] == {"classes": run["classes"], "mean": pytest.approx(run["mean"], abs=1e-15)}
-    assert result["classes"]["a"]["i_auroc"] == pytest.approx(0.9)
-    assert result["mean"]["i_auroc"] == pytest.approx(0.8)
-    assert result["std"]["i_auroc"] == pytest.approx(np.std([0.85, 0.7, 0.85], ddof=1))
-    assert result["std"]["aupro"] == pytest.approx(0.1)
-    assert math.isnan(result["classes"]["image_only"]["aupro"])
+def test_the_papers_figures_stand_beside_ours():
+    paper = {"bottle": {"i_auroc": 1.0}, "mean": {"aupro": 0.5}, "other": {"p_aupr": 0.3}}
+    assert cells([result(bottle=0.9)], paper) == [
+        ["class", "I-AUROC", "paper", "P-AUROC", "P-AUPR", "AUPRO", "paper"],
+        ["bottle", "0.900", "1.000", "0.800", "0.700", "0.600", "-"],
+        ["mean", "0.900", "-", "0.800", "0.700", "0.600", "0.500"],
+    ]
 
 
-def test_a_single_seed_keeps_the_plain_form():
-    run = result_of(a=0.9)
-    assert over_seeds({1: run}) == {"classes": run["classes"], "mean": pytest.approx(run["mean"], abs=1e-15)}
-
-
-def lines_of(text):
-    return {line.split()[0]: line.split()[1:] for line in text.splitlines()}
-
-
-def test_table_has_a_row_per_class_and_the_mean():
-    text = metrics.table(result_of(bottle=0.98765, image_only=0.5))
-    lines = lines_of(text)
-    assert lines["class"] == ["I-AUROC", "P-AUROC", "P-AUPR", "AUPRO"]
-    assert lines["bottle"] == ["0.988", "0.888", "0.788", "0.688"]
-    assert lines["image_only"] == ["0.500", "-", "-", "-"]
-    assert lines["mean"] == ["0.744", "0.888", "0.788", "0.688"]
-    assert text.splitlines()[-1].startswith("mean")
-    assert len({len(line) for line in text.splitlines()}) == 1  # columns are aligned
-
-
-def test_table_sets_the_papers_figure_beside_ours():
-    paper = {"bottle": {"i_auroc": 1.0, "p_aupr": 0.5}, "mean": {"i_auroc": 0.986}, "not run": {"aupro": 0.3}}
-    lines = lines_of(metrics.table(result_of(bottle=0.9, screw=0.8), paper))
-    assert lines["class"] == ["I-AUROC", "paper", "P-AUROC", "P-AUPR", "paper", "AUPRO"]
-    assert lines["bottle"] == ["0.900", "1.000", "0.800", "0.700", "0.500", "0.600"]
-    assert lines["screw"] == ["0.800", "-", "0.700", "0.600", "-", "0.500"]
-    assert lines["mean"] == ["0.850", "0.986", "0.750", "0.650", "-", "0.550"]
-
-
-def test_table_of_several_seeds_has_deviations():
-    runs = {1: result_of(bottle=0.9, image_only=0.5), 2: result_of(bottle=0.8, image_only=0.5)}
-    lines = lines_of(metrics.table(over_seeds(runs), {"mean": {"aupro": 0.7}}))
-    assert lines["bottle"] == "0.850 ± 0.071 0.750 ± 0.071 0.650 ± 0.071 0.550 ± 0.071 -".split()
-    assert lines["image_only"] == ["0.500", "±", "0.000", "-", "-", "-", "-"]
-    assert lines["mean"] == "0.675 ± 0.035 0.750 ± 0.071 0.650 ± 0.071 0.550 ± 0.071 0.700".split()
+def test_several_runs_have_mean_and_deviation():
+    assert cells([result(bottle=0.9, cifar=0.4), result(bottle=0.8, cifar=0.4)])[1:] == [
+        ["bottle", "0.850 ± 0.071", "0.750 ± 0.071", "0.650 ± 0.071", "0.550 ± 0.071"],
+        ["cifar", "0.400 ± 0.000", "-", "-", "-"],
+        ["mean", "0.625 ± 0.035", "0.750 ± 0.071", "0.650 ± 0.071", "0.550 ± 0.071"],
+    ]
 
 
 def test_joined_sets_have_a_mean_each():
-    rows = {"mvtec/b": 0.5, "btad/a": 1.0}
-    runs = {seed: result_of(**{"mvtec/a": a}, **rows) for seed, a in ((1, 0.7), (2, 0.9))}
-    lines = metrics.table(over_seeds(runs)).splitlines()
-    assert [line.split("  ")[0].strip() for line in lines[-3:]] == ["mean of mvtec", "mean of btad", "mean"]
-    assert lines[-3].split()[3:6] == ["0.650", "±", "0.071"]
-    assert lines[-2].split()[3:6] == ["1.000", "±", "0.000"]
-    assert lines[-4] == "-" * len(lines[0]) and lines[-5].startswith("btad/a")
+    found = cells([result(**{"mvtec/a": 0.5, "mvtec/b": 0.7, "btad/01": 0.9})])[4:]
+    means = {row: value for row, value, *_ in found}
+    assert means == {"mean of mvtec": "0.600", "mean of btad": "0.900", "mean": "0.700"}
 
 
-def test_seeds_of_different_rows_are_an_unfinished_run():
-    with pytest.raises(data.DataError, match="seed 2 has no result for b"):
-        over_seeds({1: result_of(a=0.9, b=0.8), 2: result_of(a=0.9)})
+ARGS = {"data": "toy", "out": Path("runs/x"), "lr": 1e-4}
+PAPER = {"mean": {"aupro": 0.9}}
 
 
-def test_json_has_null_for_nan_and_every_digit(tmp_path):
-    result = over_seeds({1: result_of(a=1 / 3, image_only=0.5), 2: result_of(a=0.7, image_only=0.4)})
-    path = tmp_path / "metrics.json"
-    path.write_text("old")
-    metrics.save_json(path, {"data": "toy", "out": Path("runs/x"), "seed": [1, 2], "lr": 1e-4}, result)
-    assert "NaN" not in path.read_text()
-    read = json.loads(path.read_text())
-    assert list(read) == ["args", "classes", "mean", "seeds", "std"]
-    assert read["args"] == {"data": "toy", "out": str(Path("runs/x")), "seed": [1, 2], "lr": 1e-4}
-    assert read["classes"]["image_only"]["p_aupr"] is None
-    assert read["seeds"]["2"]["classes"]["image_only"]["aupro"] is None
-    assert read["seeds"]["1"]["classes"]["a"]["i_auroc"] == 1 / 3
-    assert read["std"].keys() == read["mean"].keys() == set(metrics.METRICS)
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]  # no temporary file stays
+def test_metrics_json_has_arguments_rows_mean_and_paper_and_null_for_what_is_undefined(tmp_path):
+    metrics.save_result(tmp_path, ARGS, result(a=1 / 3), PAPER)
+    row = {"i_auroc": 1 / 3, "p_auroc": None, "p_aupr": None, "aupro": None}
+    assert json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail) == {
+        "args": {"data": "toy", "out": "runs/x", "lr": 1e-4},
+        "classes": {"a": row},
+        "mean": row,
+        "paper": PAPER,
+    }
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+def test_a_finished_runs_table_is_printed_again(tmp_path, capsys):
+    metrics.save_result(tmp_path, ARGS, result(a=0.9, b=0.4), PAPER)
+    metrics.main([tmp_path])
+    assert capsys.readouterr().out == metrics.table([result(a=0.9, b=0.4)], PAPER) + "\n"
 
 
-def lightness(rgb):
-    linear = np.where(rgb <= 0.04045 * 255, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
-    return 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+@pytest.mark.parametrize("other", ["has other classes", "is not finished"])
+def test_runs_that_cannot_be_compared_are_named(tmp_path, other):
+    for name, row in ("first", "a"), ("second", "b"):
+        (tmp_path / name).mkdir()
+        if name == "first" or other == "has other classes":
+            metrics.save_result(tmp_path / name, ARGS, result(**{row: 0.9}), PAPER)
+    with pytest.raises(data.DataError, match="second"):
+        metrics.main([tmp_path / "first", tmp_path / "second"])
 
 
-def test_heat_is_ordered_in_lightness_on_an_absolute_scale():
-    steps = lightness(metrics.heat(np.linspace(2.0, 3.0, 101)[None], 2.0, 3.0)[0])
-    assert np.all(np.diff(steps) > 0) and steps[0] < 15 and steps[-1] > 90
-    assert np.diff(steps).max() < 2 * np.diff(steps).mean()  # no sudden jump of brightness
-    colours = metrics.heat(np.array([[-50.0, 2.0, 2.5, 3.0, 99.0]]), 2.0, 3.0)
-    assert colours.dtype == np.uint8 and colours.shape == (1, 5, 3)
-    assert np.array_equal(colours[0, 0], colours[0, 1]) and np.array_equal(colours[0, 3], colours[0, 4])
-    # whatever else is in the map
-    assert np.array_equal(metrics.heat(np.array([[2.5]]), 2.0, 3.0)[0, 0], colours[0, 2])
-    assert metrics.heat(np.ones((2, 2)), 1.0, 1.0).shape == (2, 2, 3)  # an empty scale is no division by zero
+# ----------------------------------------------------------------------------------------- pictures
 
 
-def test_overlay_is_calm_at_low_and_shows_the_image():
+def test_brighter_heat_is_more_anomalous():
+    heat = metrics.overlay(np.full((1, 20, 3), 100, np.uint8), np.linspace(2, 3, 20)[None], 2, 3)
+    brightness = np.asarray(Image.fromarray(heat).convert("L"))[0].astype(int)
+    assert np.diff(brightness).min() > 0
+
+
+def save_maps(folder, *names):
+    """Strips of images test/NAME, the later the higher their score; their paths, sorted."""
+    samples = [data.Sample(f"test/{name}", "good" not in name, "c", "c") for name in names]
+    scores, maps = np.arange(len(names)), np.random.default_rng(0).random((len(names), 32, 32))
+    images = np.stack([np.full((32, 32, 3), 10 * i, np.uint8) for i in range(len(names))])
+    masks = np.stack([trees.SQUARE] * len(names))
+    normal = metrics.calibrate(maps, scores, samples)
+    metrics.save_maps(folder / "maps", images, samples, scores, maps, masks, normal)
+    return sorted((folder / "maps").iterdir())
+
+
+def test_sorted_by_name_the_strip_of_the_highest_score_comes_first(tmp_path):
+    paths = save_maps(tmp_path, "good/a.png", "crack/c.png", "crack/b.png")
+    names = [re.search("[a-z].*[a-c]", path.stem)[0] for path in paths]
+    assert names == ["defective-crack-b", "defective-crack-c", "good-good-a"]
+
+
+def test_a_strip_shows_the_image_then_its_mask(tmp_path):
+    strip = np.asarray(Image.open(save_maps(tmp_path, "good/a.png", "crack/b.png")[0]))[:32, :64, 0]
+    expected = np.hstack([np.full((32, 32), 10), trees.SQUARE * 255])
+    np.testing.assert_array_equal(strip, expected)
+
+
+def test_a_strip_of_a_long_name_can_be_written(tmp_path):
+    assert len(save_maps(tmp_path, f"{'長' * 80}/{'長' * 80}.png")) == 1
+
+
+# ------------------------------------------------------------------------------- verdicts on images
+
+
+def test_each_class_and_all_together_are_calibrated():
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    grey = np.asarray(Image.fromarray(image).convert("L"), dtype=float)
-    calm, loud = (metrics.overlay(image, np.full((40, 40), v), 0.0, 1.0).astype(float) for v in (0.0, 1.0))
-    assert np.corrcoef(lightness(calm).ravel(), grey.ravel())[0, 1] > 0.98
-    assert np.ptp(calm, axis=-1).max() < 30 < np.ptp(loud, axis=-1).min()  # hardly any colour, much colour
-    assert lightness(loud).mean() > lightness(calm).mean() + 20
+    maps, scores = rng.random((6, 8, 8)), rng.random(6)
+    expected = {}
+    for cls, part in ("", slice(None)), ("a", slice(0, 6, 2)), ("b", slice(1, 6, 2)):
+        low, peak = np.median(maps[part]), np.quantile(maps[part].max((1, 2)), 0.99)
+        scale = {"low": low, "peak": peak, "high": 2 * peak - low}
+        expected[cls] = {"scores": scores[part].tolist(), **scale}
+    samples = [data.Sample("", 0, cls, cls) for cls in "ababab"]
+    assert metrics.calibrate(maps, scores, samples) == expected
 
 
-def test_a_strip_shows_image_truth_and_heat(tmp_path):
-    image = np.full((32, 32, 3), (200, 30, 30), np.uint8)
-    mask, amap = np.zeros((32, 32), bool), np.zeros((32, 32), np.float32)
-    mask[8:24, 8:24] = True
-    amap[8:24, 8:24] = 5.0
-    samples = [data.Sample(f"/d/test/{name}.png", int(name != "good"), mask, "bottle", "bottle")
-               for name, mask in (("known", "mask"), ("unknown", None), ("good", None))]
-    maps, masks, scores = np.stack([amap] * 3), np.stack([mask, mask * 0, mask * 0]), np.full(3, 5.0)
-    normal = {"classes": ["bottle"], "scores": [1.0], "peaks": [2.5], "medians": [0.0]}  # a scale of 0..5
-    metrics.save_maps(tmp_path, samples, np.stack([image] * 3), masks, maps, scores, normal, 0.9)
-    for name, corner, centre in ("known", 0, 255), ("unknown", 128, 128), ("good", 0, 0):
-        pixels = np.asarray(Image.open(tmp_path / f"bottle/{name}.png")).astype(int)
-        assert pixels.shape == (256 + 22, 3 * 256 + 2 * 6, 3)
-        centres, corners = ([pixels[y, y + i * 262] for i in range(3)] for y in (128, 5))
-        assert centres[0].tolist() == corners[0].tolist() == [200, 30, 30]
-        assert centres[1].tolist() == [centre] * 3 and corners[1].tolist() == [corner] * 3
-        assert lightness(centres[2]) > lightness(corners[2]) + 30
-        assert (pixels[256:, :300].min(axis=-1) < 100).sum() > 200  # the text is there
+def test_the_threshold_is_the_quantile_of_normal_scores():
+    assert metrics.threshold({"scores": list(range(101))}, 0.9)[0] == pytest.approx(90)
 
 
-def test_any_file_name_fits_under_a_picture():
-    def pixels(text):
-        return np.asarray(metrics.panels([np.zeros((16, 16, 3), np.uint8)] * 3, text, 0, 12.5, 160))
-
-    plain = pixels("")
-    for text in "W" * 3000, "a" * 37, "Bühne 瓶\udce9.png":
-        assert np.array_equal(pixels(text)[:160], plain[:160])  # nothing over the pictures
-        assert np.array_equal(pixels(text)[:, :130], plain[:, :130])  # nor over the scale
-        assert not np.array_equal(pixels(text), plain)
-    assert np.array_equal(pixels("two\nlines"), pixels("two lines"))
+@pytest.mark.parametrize("quantile, above", [(1.0, 0), (0.9, 2)])
+def test_the_threshold_comes_with_clopper_and_pearsons_bound(quantile, above):
+    _, line = metrics.threshold({"scores": list(range(20))}, quantile)
+    assert f"{stats.beta.ppf(0.95, above + 1, 20 - above):.1%}" in line
 
 
-def test_pictures_of_any_shape_are_bounded_and_their_text_is_readable():
-    text = "defective, score 0.5123 (threshold 0.4), bottle, 000.png"
-    for width, height in (6000, 20), (20, 6000), (1, 1), (1, 5000), (300, 200), (4000, 3000):
-        picture = metrics.panels([np.full((height, width, 3), 77, np.uint8)] * 2, text, 0, 1, 384)
-        assert max(picture.size) <= 2000 and picture.width >= 400
-        shown = metrics.fit((width, height), 384)
-        assert metrics.fit(shown, 384) == shown  # what is shown is not scaled again
-        assert (np.asarray(picture) == 77).all(-1).sum() == 2 * shown[0] * shown[1]
-        assert min(shown) >= 32 and max(shown) <= 960
-        ink = (np.asarray(picture)[-20:, 75:] < 100).all(-1).any(0)
-        assert ink.sum() > 150  # columns of the text's line that have ink
-    assert metrics.fit((300, 200), 384) == (576, 384) and metrics.fit((3000, 4000), 384) == (384, 512)
-    assert metrics.fit((6000, 20), 384) == (960, 32) and metrics.fit((2000, 400), 384) == (960, 192)
+NORMAL = {"": {"scores": [0.5], "low": 0.0, "peak": 0.5, "high": 1.0}}
+NORMAL["a"] = NORMAL[""] | {"scores": [0.25]}
 
 
-def test_a_picture_is_named_by_the_path_below_test():
-    def text(image):
-        return metrics.place(data.Sample(image, 1, None, "bottle", "row"))
-
-    assert text("/d/mvtec/bottle/test/crack/007.png") == "crack/007.png"
-    assert text("toy:bottle/test/good/3") == "good/3"
-    assert text("AeBAD_S/test/groove/view/1.png") == "groove/view/1.png"
-    assert text(r"C:\d\bottle\test\crack\007.png") == "crack/007.png"
-    assert text("/d/candle/Data/Images/Anomaly/007.JPG") == "Anomaly/007.JPG"
+def brightness(images):
+    """Dark images are of class a."""
+    maps = images.mean(-1) / 255
+    scores = maps.max((1, 2))
+    return maps, scores, ["a" if score < 0.4 else "" for score in scores]
 
 
-def test_pick_finds_the_worst_and_the_best():
-    misses, alarms, hits = metrics.pick([0.9, 0.1, 0.5, 0.3, 0.8, 0.2], [1, 1, 1, 0, 0, 0], count=2).values()
-    assert (misses, alarms, hits) == ([1, 2], [4, 3], [0, 2])
-    assert list(metrics.pick([0.5], [0]).values()) == [[], [0], []]
+def predict(folder, paths, judge=brightness, normal=NORMAL, crop=None):
+    """Whether all could be read, and the rows of predictions.csv."""
+    folder.mkdir()
+    complete = metrics.predict(paths, judge, normal, 0.99, folder, 2, 16, crop)
+    with open(folder / "predictions.csv", newline="") as file:
+        return complete, list(csv.DictReader(file))
 
 
-def test_sheet_is_one_labelled_picture(tmp_path):
-    blue = Image.new("RGB", (200, 90), (0, 0, 255))
-    cells = {"worst misses": [blue] * 4, "worst false alarms": [], "best hits": [blue]}
-    metrics.sheet(cells, tmp_path / "bottle.png")
-    assert [p.name for p in tmp_path.iterdir()] == ["bottle.png"]
-    with Image.open(tmp_path / "bottle.png") as picture:
-        assert picture.format == "PNG" and picture.info["Software"] == data.SOFTWARE
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
-    is_blue = (pixels == (0, 0, 255)).all(-1)
-    assert is_blue.sum() == 5 * 200 * 90  # nothing is cut off or covered
-    ink = (pixels.max(-1) < 100).any(1)
-    assert (np.diff(ink.astype(int)) == 1).sum() >= 3  # a title above each of the three rows
+@pytest.fixture
+def photos(tmp_path):
+    """Five flat images, brighter from one to the next, of which the second is damaged."""
+    flat = np.ones((4, 64, 3), np.uint8)
+    paths = [trees.save(tmp_path / f"{i}.png", flat * np.uint8(51 * i)) for i in range(5)]
+    Path(paths[1]).write_bytes(b"damaged")
+    return paths
 
 
-# ------------------------------------------------------------------------------------------------ files
+def test_every_file_has_a_row_in_the_given_order(tmp_path, photos, monkeypatch):
+    read = data.read_image
+    slow = {photos[4]: 0.2}
+    monkeypatch.setattr(data, "read_image", lambda x: time.sleep(slow.get(x, 0)) or read(x))
+    _, rows = predict(tmp_path / "out", photos[::-1])
+    keys = "file", "score", "verdict", "class", "threshold"
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        (photos[4], "0.8", "defective", "", "0.5"),
+        (photos[3], "0.6", "defective", "", "0.5"),
+        (photos[2], "0.4", "good", "", "0.5"),
+        (photos[1], "", "unreadable", "", ""),
+        (photos[0], "0", "good", "a", "0.25"),
+    ]
 
 
-def test_names_of_pictures():
-    names = metrics.picture_names
-    assert names(["000.png", "000.jpg", "000.tar.png"]) == ["000.png", "000.jpg.png", "000.tar.png"]
-    assert names(["a.png"] * 3) == ["a.png", "a_2.png", "a_3.png"]
-    assert names(["a.png", "A.png", "a_2.png"]) == ["a.png", "A_2.png", "a_2_2.png"]
-    assert names(["a_2.png", "a.png", "a.png"]) == ["a_2.png", "a.png", "a_3.png"]
-    long = ["瓶" * 83 + ".png", "瓶" * 83 + ".jpg", "x" * 255, "x" * 254 + "y", "\udce9" * 255]
-    found = names(long * 3)
-    assert len({name.casefold() for name in found}) == 15
-    for name in found:
-        assert len(os.fsencode(name)) <= 255 and name.endswith(".png")
-    assert found[0].strip("瓶") == ".png"  # cut between characters
-    assert names(["\udce9.jpg"]) == ["\udce9.jpg.png"]
+def test_a_score_at_the_threshold_is_good(tmp_path, photos):
+    normal = {"": NORMAL[""] | {"scores": [0.0]}}
+    _, rows = predict(tmp_path / "out", photos[:1], normal=normal)
+    assert rows[0]["verdict"] == "good"
 
 
-def test_save_maps_has_a_picture_per_image_and_an_overview_per_row(tmp_path):
-    names = ["good/000.png", "good/000.jpg", "crack/000.png", "crack_a/0.png", "crack/a_0.png",
-             "good/瓶\udce9.png"]
-    samples = [data.Sample(f"/d/bottle/test/{name}", int("crack" in name), None, "bottle", "mvtec/bottle")
-               for name in names]
-    rng, n = np.random.default_rng(0), len(names)
-    maps, images = rng.random((n, 8, 8)), rng.integers(0, 255, (n, 8, 8, 3), dtype=np.uint8)
-    normal = metrics.calibrate(maps, maps.max((1, 2)), ["bottle"] * n, True)
-    for _ in range(2):  # the second time over its own
-        metrics.save_maps(tmp_path, samples, images, maps > 0.9, maps, maps.max((1, 2)), normal, 0.9)
-    assert {p.name for p in (tmp_path / "mvtec").iterdir()} == {"bottle", "bottle.png"}
-    assert {p.name for p in (tmp_path / "mvtec/bottle").iterdir()} == {
-        "good_000.png", "good_000.jpg.png", "crack_000.png", "crack_a_0.png", "crack_a_0_2.png",
-        "good_瓶\udce9.png"}
-    assert all(data.is_own(p) for p in tmp_path.rglob("*.png"))
+def test_an_unreadable_file_is_named(tmp_path, photos, caplog):
+    predict(tmp_path / "out", photos)
+    assert photos[1] in caplog.text
+
+
+@pytest.mark.parametrize("step, expected", [(1, False), (2, True)])
+def test_it_is_told_whether_all_files_could_be_read(tmp_path, photos, step, expected):
+    assert predict(tmp_path / "out", photos[::step])[0] is expected
+
+
+def test_a_map_that_is_not_finite_has_no_verdict(tmp_path, photos):
+    _, rows = predict(tmp_path / "out", photos[:1], lambda x: (x.mean(-1) * NAN, [0.1], ["a"]))
+    assert (rows[0]["verdict"], rows[0]["score"]) == ("failed", "")
+
+
+def test_every_row_names_its_own_picture(tmp_path, photos):
+    _, rows = predict(tmp_path / "out", photos[::2] * 2)
+    pictures = [path.name for path in sorted((tmp_path / "out").glob("*.png"))]
+    assert [row["picture"] for row in rows] == pictures
+
+
+def test_the_centre_crop_is_what_is_judged(tmp_path):
+    centre = np.zeros((16, 16, 3), np.uint8)
+    centre[4:12, 4:12] = 255
+    path = trees.save(tmp_path / "a.png", centre)
+    _, rows = predict(
+        tmp_path / "out", [path], lambda x: (x[..., 0], x.mean((1, 2, 3)), [""]), crop=8
+    )
+    assert rows[0]["score"] == "255"
+
+
+def test_a_few_batches_at_most_are_in_memory(tmp_path, photos, monkeypatch):
+    image, opened, drawn, ahead = Image.open(photos[0]).convert("RGB"), [], [], []
+    monkeypatch.setattr(data, "read_image", lambda path: opened.append(1) or (image, False))
+
+    def draw_slowly(*_):
+        time.sleep(0.002)
+        drawn.append(1)
+        ahead.append(len(opened) - len(drawn))
+
+    monkeypatch.setattr(metrics, "save_strip", draw_slowly)
+    predict(tmp_path / "out", photos[:1] * 60)
+    assert max(ahead) <= 6 * 2  # batches of 2
