@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,12 @@ def test_a_separate_model_knows_its_class(script, tiny, classes, predict, call):
 
 
 # --------------------------------------------------------------------------------- the threshold
+
+
+def test_a_separate_model_has_a_threshold_for_its_class_only(script, tiny, predict, call):
+    call(script, *tiny, "--no-unified", "--epochs", 1, "--out", "run")
+    said = predict("photos/weave/test", model="run/weave.pt").out
+    assert re.findall("^threshold ([a-z]+)", said, re.MULTILINE) == ["weave"]
 
 
 def test_the_threshold_is_the_score_of_the_photo_that_was_held_out(predict):

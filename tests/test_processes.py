@@ -28,7 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 torch.set_num_threads(1)
 
 def sgd(parameters, *_, **__):
-    return torch.optim.SGD(parameters, 0.05)
+    return torch.optim.SGD(parameters, 0.01)
 
 def scale(self, x):
     return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
@@ -43,7 +43,8 @@ def work(name, script, flags):
         small = functools.partialmethod(module.MINTAD.__init__, D=16, layers=1)
         module.MINTAD.__init__ = small
         module.DROPOUT = module.JITTER = 0.0
-        module.learning_rate = lambda args, step, steps: 0.05
+        module.CLIP = 1e9
+        module.learning_rate = lambda args, step, steps: 0.01
     else:  # on CPUs each process normalises by its own images
         module.UNIREPLKNET["tiny"] = (8, [3], [13], [13])
         torch.nn.BatchNorm2d.forward = scale

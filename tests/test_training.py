@@ -186,8 +186,15 @@ def test_a_side_whose_maps_do_not_halve(script, tiny, call):
 
 
 @pytest.mark.parametrize("script", ["minimaxad"])
-def test_crop_cuts_images_and_masks(script, tiny, call):
-    assert call(script, *tiny, "--epochs", 1, "--size", 80, "--crop", 64).status == 0
+def test_what_crop_cuts_away_makes_no_difference(script, tiny, call):
+    flags = *tiny, "--epochs", 1, "--size", 80, "--crop", 64
+    call(script, *flags, "--out", "one")
+    for path in Path("photos").glob("*/*/*/*.png"):
+        framed = Image.new("RGB", (128, 128), "green")
+        framed.paste(Image.open(path).crop((8, 8, 120, 120)), (8, 8))
+        framed.save(path)
+    call(script, *flags, "--out", "other")
+    assert_same_run("one", "other")
 
 
 SETTINGS = {
@@ -235,7 +242,9 @@ def test_each_epoch_has_batches_of_its_own(script, tiny, call, monkeypatch):
 
 @pytest.mark.parametrize("script", ["mintad"])
 def test_each_epoch_has_noise_of_its_own(script, tiny, call):
-    call(script, *tiny, "--lr", 0, "--epochs", 2, "--batch-size", 100, "--out", "run")
+    for path in sorted(Path("photos").glob("*/train/good/*"))[1:]:  # another order is no matter
+        path.unlink()
+    call(script, *tiny, "--lr", 0, "--epochs", 2, "--classes", "pill", "--out", "run")
     first, second = epochs("run")
     assert first != second
 
@@ -247,6 +256,18 @@ def test_gamma_multiplies_the_rate_after_each_epoch(script, tiny, call):
     one, three = (checkpoint(f"{count}/unified.pt") for count in (1, 3))
     moved = [key for key in one if not torch.equal(one[key], three[key])]
     assert all("running" in key or "num_batches" in key for key in moved)  # BatchNorm's statistics
+
+
+@pytest.mark.parametrize("script", ["mintad"])
+def test_the_rate_is_that_of_the_step_of_the_whole_run(script, tiny, call, monkeypatch):
+    def rate(args, step, steps):
+        return 1e-3 if step / steps < 1 / args.epochs else 0  # it learns in the first epoch only
+
+    monkeypatch.setattr(mintad, "learning_rate", rate)
+    for count in 1, 2:
+        call(script, *tiny, "--epochs", count, "--out", f"{count}")
+    one, two = (checkpoint(f"{count}/unified.pt") for count in (1, 2))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 # ------------------------------------------------------------------- interrupted and resumed runs
