@@ -77,70 +77,56 @@ def mvtec(root, cls, good="good", by_domain=False):
 
     by_domain: the folders below good and DEFECT are the rows of the table (AeBAD).
     """
-    if (root / cls / "test_public").is_dir():
-        raise DataError(
-            f"{root / cls}: MVTec AD 2's layout; move test_public/good and bad to test/ and "
-            "test_public/ground_truth to ground_truth/"
-        )
-    images = {}
     masks = {}
-    for path in list_files(root / cls):
-        folders = path.relative_to(root / cls).parts[:-1]
+    samples = []
+    for path in list_files(root / cls):  # sorted: ground_truth comes before test
+        split, *folders = path.relative_to(root / cls).parts
+        key = "/".join([*folders[:-1], path.stem])
+        key = unicodedata.normalize("NFC", key)  # macOS writes an umlaut as two characters
         if path.suffix.lower() not in SUFFIXES:
             continue
-        if folders[:1] == ("ground_truth",):
-            masks.setdefault(mask_key(folders[1:], path.stem), str(path))
-        elif folders[:2] == ("train", good) or (folders[:1] == ("test",) and folders[1:]):
-            images[path] = folders
+        if split == "ground_truth":
+            masks.setdefault(key, str(path))
+        if split not in ("train", "test") or len(folders) < 2:
+            continue
 
-    samples = []
-    for path, (split, kind, *below) in images.items():
-        if kind != good and kind.lower() == good:
-            raise DataError(f"{root / cls / split / kind}: rename it to {good}")
+        kind, *below = folders[:-1]
+        label = int(kind != good)
+        if label and kind.lower() == good:
+            raise DataError(f"{path.parent}: rename it to {good}")
+        if split == "train" and label:
+            continue
+        row = below[0] if by_domain and below else cls
         mask = None
-        if kind != good:
-            mask = find_mask(masks, [kind, *below], path)
-        if by_domain and not below:
-            raise DataError(f"{path}: expected a folder for its domain")
-        row = below[0] if by_domain else cls
-        samples.append((split, Sample(str(path), int(kind != good), cls, row, mask)))
+        if label:
+            mask = masks.get(f"{key}_mask", masks.get(key))
+        samples.append((split, Sample(str(path), label, cls, row, mask)))
     return samples
 
 
-def mask_key(folders, stem):
-    """In one normal form of Unicode: macOS writes an umlaut as two characters."""
-    return unicodedata.normalize("NFC", "/".join([*folders, stem]))
-
-
-def find_mask(masks, folders, image):
-    """STEM_mask.* or STEM.* in the matching folder of ground_truth, or None."""
-    key = mask_key(folders, image.stem)
-    if any(other.startswith(f"{key}/") for other in masks):
-        raise DataError(f"{image}: its mask is a folder (MVTec LOCO); merge it into one {key}.png")
-    return masks.get(f"{key}_mask", masks.get(key))
-
-
 def mvtec_classes(root):
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and is_shown(path.name)]
-    found = [path.name for path in folders if (path / "train").is_dir() or (path / "test").is_dir()]
-    others = [str(path) for path in folders if path.name not in found]
-    if others:
-        log.warning(f"warning: not used, as no train or test is in it: {counted(others)}")
-    return found
+    classes = []
+    for path in sorted(root.iterdir()):
+        if (path / "train").is_dir() or (path / "test").is_dir():
+            classes.append(path.name)
+        elif path.is_dir() and is_shown(path):
+            log.warning(f"warning: not used, as no train or test is in it: {path}")
+    return classes
 
 
 def visa(root, cls):
     """Raw: split_csv/1cls.csv lists object, split, label, image, mask. Prepared: as mvtec."""
     rows = visa_rows(root)
+    if not rows:
+        return mvtec(root, cls)
+    labels = {("train", "normal"): 0, ("test", "normal"): 0, ("test", "anomaly"): 1}
     samples = []
     for row in rows:
         if row["object"] == cls:
-            label = ["normal", "anomaly"].index(row["label"])
-            if row["split"] not in ["train", "test"][label:]:
-                raise DataError(f"1cls.csv: {row['image']} is {row['label']} in {row['split']}")
+            label = labels[row["split"], row["label"]]
             mask = str(root / row["mask"]) if row["mask"] else None
             samples.append((row["split"], Sample(str(root / row["image"]), label, cls, cls, mask)))
-    return samples if rows else mvtec(root, cls)
+    return samples
 
 
 def visa_rows(root):
@@ -172,16 +158,48 @@ CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 def toy(root, cls):
     """28 train, 10 good and 12 defective test images, drawn by toy_image."""
-    counts = {"train/good": 28, "test/good": 10} | {f"test/{kind}": 4 for kind in TOY[cls]}
+    kinds = ["good"] * 38 + ["scratch"] * 4 + ["missing"] * 4 + ["stain"] * 4
     samples = []
-    for folder, count in counts.items():
-        for i in range(count):
-            name = f"toy:{cls}/{folder}/{i:03d}"
-            pixels, defect = toy_image(name)
-            label = int(not folder.endswith("good"))
-            sample = Sample(name, label, cls, cls, name if label else None, pixels, defect)
-            samples.append((folder.split("/")[0], sample))
+    for i, kind in enumerate(kinds):
+        split = "train" if i < 28 else "test"
+        name = f"toy:{cls}/{split}/{kind}/{i:03d}"
+        pixels, defect = toy_image(cls, kind, zlib.crc32(name.encode()))
+        label = int(kind != "good")
+        sample = Sample(name, label, cls, cls, name if label else None, pixels, defect)
+        samples.append((split, sample))
     return samples
+
+
+def toy_image(cls, kind, seed):
+    """uint8 128 x 128 x 3, and bool 128 x 128: where its defect of that kind is."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:128, :128] - rng.integers(60, 68, (2, 1, 1))
+    shapes = {
+        "weave": 0.7 + 0.3 * np.sin(x / 3) * np.sin(y / 3),
+        "granite": rng.uniform(0.4, 1, x.shape),
+        "flange": abs(np.hypot(x, y) - 32) < 16,
+        "pill": np.hypot(x / 2, y) < 24,
+    }
+    shape = shapes[cls]
+    image = 90 + 110 * shape
+
+    angle = rng.uniform(0, 6.28)
+    x = x - 30 * np.cos(angle)
+    y = y - 16 * np.sin(angle)
+    defects = {
+        "good": (x > 128, 0),
+        "stain": (np.hypot(x, y) < 9, 40),
+        "scratch": ((abs(x - y) < 4) & (abs(x + y) < 30), 60),
+        "missing": ((np.maximum(abs(x), abs(y)) < 9) & (shape > 0), 90),
+    }
+    mask, grey = defects[kind]
+    image[mask] = grey
+    image = image * rng.uniform(0.97, 1.03) + rng.normal(0, 3, x.shape)
+    tint = np.roll((1, 0.9, 0.8), TOY.index(cls))
+    return (image[..., None] * tint).clip(0, 255).astype(np.uint8), mask
+
+
+TOY = ["weave", "granite", "pill", "flange"]
 
 
 class Set(NamedTuple):
@@ -220,7 +238,7 @@ SETS = {
     "folder": Set(
         mvtec, "ROOT/CLASS/{train/good,test/good,test/DEFECT,ground_truth/DEFECT}", optional="masks"
     ),
-    "toy": Set(toy, "data.py", None, lambda root: list(TOY)),
+    "toy": Set(toy, "data.py", None, lambda root: TOY),
 }
 
 
@@ -234,8 +252,7 @@ def load(names, root=None, classes=None, normals="01234"):
     """
     joined = "+" in names
     known = []
-    train = []
-    test = []
+    pairs = []
     for name in names.split("+"):
         if name not in SETS or (joined and (name == "cifar10" or names.count(name) > 1)):
             raise DataError(f"--data {names}: expected one of {', '.join(SETS)}, or several with +")
@@ -245,84 +262,89 @@ def load(names, root=None, classes=None, normals="01234"):
             kind = kind._replace(layout=partial(cifar10, normals=normals))
         if (folder / "1cls").is_dir():  # of a prepared VisA
             folder = folder / "1cls"
+        prefix = f"{name}/" if joined else ""
         try:
-            known += list_set(
-                name, folder, kind, f"{name}/" if joined else "", classes, train, test
-            )
+            found, listed = list_set(folder, kind, prefix, classes)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".removeprefix("DataError: ")
             raise DataError(f"{folder}: {reason} (--root; see {kind.source})") from None
+        known += found
+        pairs += listed
 
     for cls in classes or []:
         if cls not in known:
             raise DataError(f"--classes {cls}: no such class; known: {', '.join(known)}")
+    train = [sample for split, sample in pairs if split == "train"]
+    test = [sample for split, sample in pairs if split == "test"]
     return list(dict.fromkeys(sample.cls for sample in train)), train, test
 
 
-def list_set(name, root, kind, prefix, classes, train, test):
-    """Appends a set's samples of the classes asked for; returns the names of all its classes."""
-    known = [prefix + cls for cls in kind.classes(root)]
+def list_set(root, kind, prefix, classes):
+    """The names of all classes of a set, and (split, sample) of those asked for."""
+    known = kind.classes(root)
     if not known:
         raise DataError("no class in it: looked for CLASS/train/good and CLASS/test")
-    counts = Counter()
-    for cls in known:
-        if classes and cls not in classes:
-            continue
-        pairs = kind.layout(root, cls.removeprefix(prefix))
-        report_class(cls, pairs, list_files(root / cls.removeprefix(prefix)))
-        for split, sample in pairs:
-            sample = sample._replace(cls=cls, row=prefix + sample.row)
-            (train if split == "train" else test).append(sample)
-            counts[split, sample.label] += 1
-        if "train" not in kind.optional and "train" not in dict(pairs):
-            raise DataError(f"no training images of {cls}: looked for {cls}/train/good")
-        bare = [sample.image for _, sample in pairs if sample.label and not sample.mask]
-        if bare and "masks" not in kind.optional:
-            raise DataError(f"no mask of {counted(bare)}: looked for ground_truth/../STEM[_mask].*")
+    pairs = []
+    for name in known:
+        if not classes or prefix + name in classes:
+            pairs += list_class(root, name, kind, prefix)
 
-    have = counts["train", 0], counts["test", 0], counts["test", 1]
+    have = count(pairs)
     if kind.counts and not classes and have != kind.counts:
-        log.warning(f"warning: {name}: {have} train, good, defective; a full copy {kind.counts}")
-    return known
+        log.warning(f"warning: {root}: {have} train, good, defective; a full copy {kind.counts}")
+    return [prefix + name for name in known], pairs
 
 
-def report_class(cls, pairs, files):
-    """Logs how many images and masks of a class there are, and which files are not used."""
-    counts = Counter((split, sample.label) for split, sample in pairs)
-    train, good, defective = counts["train", 0], counts["test", 0], counts["test", 1]
-    masks = Counter(sample.mask for _, sample in pairs if sample.mask)
+def list_class(root, name, kind, prefix):
+    """Its (split, sample). Logs how many there are, and warns of files that are not used."""
+    cls = prefix + name
+    pairs = []
+    for split, sample in kind.layout(root, name):
+        pairs.append((split, sample._replace(cls=cls, row=prefix + sample.row)))
+    masks = {sample.mask for _, sample in pairs if sample.mask}
+    used = masks.union(sample.image for _, sample in pairs)
+
+    train, good, defective = count(pairs)
     log.info(f"{cls}: {train} train, {good} good, {defective} defective, {len(masks)} masks")
-
-    used = {sample.image for _, sample in pairs} | set(masks)
-    unused = [str(path) for path in files if str(path) not in used]
-    shared = [sample.image for _, sample in pairs if masks[sample.mask] > 1]
-    for what, paths in ("not used", unused), ("images that share a mask", shared):
-        if paths:
-            log.warning(f"warning: {cls}: {what}: {counted(paths)}")
+    warn_unused([path for path in map(str, list_files(root / name)) if path not in used])
     if not good + defective:
         log.warning(f"warning: {cls}: no test images, so no row in the table")
 
+    if not train and "train" not in kind.optional:
+        raise DataError(f"no training images of {cls}: looked for {cls}/train/good")
+    bare = [sample.image for _, sample in pairs if sample.label and not sample.mask]
+    if bare and "masks" not in kind.optional:
+        raise DataError(f"no mask of {counted(bare)}: looked for ground_truth/../STEM[_mask].*")
+    return pairs
 
-def list_files(folder):
+
+def count(pairs):
+    """How many train, good, defective images."""
+    counts = Counter((split, sample.label) for split, sample in pairs)
+    return counts["train", 0], counts["test", 0], counts["test", 1]
+
+
+def warn_unused(paths):
+    if paths:
+        log.warning(f"warning: not used: {counted(paths)}")
+
+
+def list_files(folder, above=()):
     """Paths of all files below a folder, sorted; hidden ones and JUNK left out."""
+    if not folder.is_dir():
+        return []
+    here = [*above, folder.resolve()]
     files = []
-    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        here = [os.path.realpath(path) + os.sep for path in (place, *Path(place).parents)]
-        for name in list(folders):
-            inside = os.path.realpath(os.path.join(place, name)) + os.sep
-            if not is_shown(name) or any(path.startswith(inside) for path in here):  # a loop
-                folders.remove(name)
-        files += [Path(place, name) for name in names if is_shown(name)]
-    return sorted(files)
+    for path in sorted(filter(is_shown, folder.iterdir())):
+        if not path.is_dir():
+            files.append(path)
+        elif path.resolve() not in here:  # not a link back up
+            files += list_files(path, here)
+    return files
 
 
-def stop(error):
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
-def is_shown(name):
-    return not name.startswith(".") and name not in JUNK
+def is_shown(path):
+    return not path.name.startswith(".") and path.name not in JUNK
 
 
 def counted(names):
@@ -337,7 +359,8 @@ def hold_out(samples, share):
     for cls in {sample.cls for sample in samples}:
         mine = np.flatnonzero([sample.cls == cls for sample in samples])
         count = min(round(share * len(mine)), len(mine) - 1)
-        held[mine[np.arange(count) * len(mine) // max(count, 1)]] = True
+        even = np.linspace(0, len(mine), count, endpoint=False, dtype=int)
+        held[mine[even]] = True
     return held
 
 
@@ -354,31 +377,25 @@ def digest(samples):
 @contextlib.contextmanager
 def opened(path):
     """An image file of 8 bits a channel and one frame, not decoded yet. DataError: any other."""
-    with explain(f"cannot read image {path}"):
-        if not os.path.isfile(path):
-            raise OSError("no such file")
-        with Image.open(path, formats=FORMATS) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # a phone's, whose first frame is the photo
-                raise ValueError(f"{frames} frames; save the one to use as 8 bit RGB")
+    with explain(f"cannot read image {path}"), Image.open(path, formats=FORMATS) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # a phone's, whose first frame is the photo
+            raise ValueError(f"{frames} frames; save the one to use as 8 bit RGB")
 
-            # Pillow narrows 16 bit RGB without a word; PNG's raw mode and TIFF's tag 258 tell.
-            deep = image.format == "PNG" and ";16" in str(image.tile)
-            if image.format == "TIFF":
-                deep = max(image.tag_v2.get(258, [8])) > 8
-            if deep:
-                raise ValueError("more than 8 bits a channel; save it as 8 bit RGB")
-            yield image
+        # Pillow narrows 16 bit RGB without a word; PNG's raw mode and TIFF's tag 258 tell.
+        deep = image.format == "PNG" and ";16" in str(image.tile)
+        if image.format == "TIFF":
+            deep = max(image.tag_v2.get(258, [8])) > 8
+        if deep:
+            raise ValueError("more than 8 bits a channel; save it as 8 bit RGB")
+        yield image
 
 
 def read_image(path):
     """A file as an upright RGB image, alpha dropped; whether it has transparent pixels."""
     with opened(path) as file:
-        image = ImageOps.exif_transpose(file)
-        transparent = False
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            transparent = image.getchannel("A").getextrema()[0] < 255
+        image = ImageOps.exif_transpose(file).convert("RGBA")
+        transparent = image.getchannel("A").getextrema()[0] < 255
         return image.convert("RGB"), transparent
 
 
@@ -415,24 +432,10 @@ def resized(image, size, crop, method):
 
 
 def in_threads(function, items, name):
-    """Results of function(item) in order. DataError: the first that failed, and how many more."""
-
-    def attempt(item):
-        try:
-            return function(item)
-        except DataError as error:
-            return error
-
-    errors = []
+    """Results of function(item) in order, beside a progress bar."""
     with ThreadPoolExecutor() as pool:
-        results = pool.map(attempt, items)
-        for result in tqdm(results, name, len(items), leave=False, disable=None, delay=1):
-            if isinstance(result, DataError):
-                errors.append(str(result))
-            else:
-                yield result
-    if errors:
-        raise DataError(counted(errors))
+        results = pool.map(function, items)
+        yield from tqdm(results, name, len(items), leave=False, disable=None)
 
 
 def decode(samples, size, crop=None, cache="cache"):
@@ -445,27 +448,22 @@ def decode(samples, size, crop=None, cache="cache"):
     record = np.dtype([("pixels", np.uint8, (side, side, 3)), ("transparent", bool)])
 
     def decode_one(sample):
-        if sample.pixels is None:
-            image, transparent = read_image(sample.image)
-            return resized(image, size, crop, Image.Resampling.BILINEAR), transparent
-        method = Image.Resampling.BILINEAR
-        if sample.image.startswith("cifar10"):  # as UniAD
-            method = Image.Resampling.LANCZOS
-        return resized(Image.fromarray(sample.pixels), size, crop, method), False
+        if sample.pixels is not None:  # CIFAR-10's are enlarged as by UniAD
+            image = Image.fromarray(sample.pixels)
+            return resized(image, size, crop, Image.Resampling.LANCZOS), False
+        image, transparent = read_image(sample.image)
+        return resized(image, size, crop, Image.Resampling.BILINEAR), transparent
 
-    if not samples or samples[0].image.startswith("toy:"):
-        table = np.fromiter(in_threads(decode_one, samples, "images"), record, len(samples))
-    else:
-        key = hashlib.sha256(repr([size, crop, *map(fingerprint, samples)]).encode()).hexdigest()
-        path = Path(cache, f"{key[:32]}.npy")
-        if not path.exists():
-            os.makedirs(cache, exist_ok=True)
-            with written(path) as temporary:
-                table = np.lib.format.open_memmap(temporary, "w+", record, (len(samples),))
-                for i, pixels in enumerate(in_threads(decode_one, samples, "images")):
-                    table[i] = pixels
-        with explain(f"{path}: damaged, delete it"):
-            table = np.load(path, mmap_mode="r")
+    key = hashlib.sha256(repr([size, crop, *map(fingerprint, samples)]).encode()).hexdigest()
+    path = Path(cache, f"{key[:32]}.npy")
+    if not path.exists():
+        os.makedirs(cache, exist_ok=True)
+        with written(path) as temporary:
+            table = np.lib.format.open_memmap(temporary, "w+", record, (len(samples),))
+            for i, pixels in enumerate(in_threads(decode_one, samples, "images")):
+                table[i] = pixels
+    with explain(f"{path}: damaged, delete it"):
+        table = np.load(path, mmap_mode="r")
 
     transparent = [samples[i].image for i in np.flatnonzero(table["transparent"])]
     if transparent:
@@ -474,34 +472,36 @@ def decode(samples, size, crop=None, cache="cache"):
 
 
 def fingerprint(sample):
-    """What changes when an image file does; CIFAR-10's are known by their MD5."""
-    if not os.path.exists(sample.image):
-        return sample.image
+    """What changes when an image does."""
+    if sample.pixels is not None:
+        return hashlib.sha256(sample.pixels.tobytes()).hexdigest()
     found = os.stat(sample.image)
-    return os.path.abspath(sample.image), found.st_size, found.st_mtime_ns
+    return sample.image, found.st_size, found.st_mtime_ns
 
 
 def decode_masks(samples, size, crop=None):
     """bool N x S x S, nearest; zeros without a mask. Warns of odd masks. DataError as decode."""
     side = crop or size
     masks = np.zeros((len(samples), side, side), bool)
-    known = [i for i, sample in enumerate(samples) if sample.mask]
     odd = defaultdict(list)
 
-    def decode_one(i):
-        mask, many_greys = read_mask(samples[i])
-        masks[i] = resized(Image.fromarray(mask), size, crop, Image.Resampling.NEAREST)
-        notes = []
+    def decode_one(sample):
+        if not sample.mask:
+            return False, None
+        mask, many_greys = read_mask(sample)
+        small = resized(Image.fromarray(mask), size, crop, Image.Resampling.NEAREST)
+        note = None
         if many_greys:
-            notes.append("note: masks of many greys, defect from half of their maximum on")
+            note = "note: masks of many greys, defect from half of their maximum on"
         if mask.mean() > 0.5:
-            notes.append("warning: masks that mark more than half of their image")
-        if not masks[i].any():
-            notes.append(f"warning: masks without a defect, or none that is left at {side} pixels")
-        return i, notes
+            note = "warning: masks that mark more than half of their image"
+        if not small.any():
+            note = f"warning: masks without a defect, or none that is left at {side} pixels"
+        return small, note
 
-    for i, notes in in_threads(decode_one, known, "masks"):
-        for note in notes:
+    for i, (mask, note) in enumerate(in_threads(decode_one, samples, "masks")):
+        masks[i] = mask
+        if note:
             odd[note].append(samples[i].mask)
     for note, names in odd.items():
         log.warning(f"{note}: {counted(names)}")
@@ -525,15 +525,21 @@ def warn_of_copies(train, train_pixels, test, test_pixels):
 
 def find_images(paths):
     """Files, and folders with all below them -> paths of images. DataError: there is none."""
-    found = {}  # as an ordered set: overlapping folders name a file once
+    found = []
+    unused = []
     for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
-            files = [file for file in list_files(path) if file.suffix.lower() in SUFFIXES]
-        if not files or not files[0].exists():
+        images = []
+        for file in list_files(path) or [path]:
+            drawn = (file.parent / "predictions.csv").exists()  # by an earlier --predict
+            if file.suffix.lower() in SUFFIXES and file.is_file() and not drawn:
+                images.append(str(file))
+            else:
+                unused.append(str(file))
+        if not images:
             raise DataError(f"no image at {path}: expected a file or a folder of images")
-        found.update(dict.fromkeys(map(str, files)))
-    return list(found)
+        found += images
+    warn_unused(unused)
+    return list(dict.fromkeys(found))  # overlapping folders name a file once
 
 
 # --------------------------------------------------------------------------------- files and errors
@@ -547,7 +553,7 @@ def explain(text):
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{text}: {str(error)[:300] or type(error).__name__}") from None
+        raise DataError(f"{text}: {str(error) or type(error).__name__}") from None
 
 
 @contextlib.contextmanager
@@ -569,10 +575,8 @@ def read_tensors(path):
     with explain(f"{path}: not a readable checkpoint"):
         with open(path, "rb") as file:
             start = file.read(64).lstrip()
-        if start.startswith(b"version https://git-lfs"):
-            raise DataError(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull")
-        if start.startswith(b"<"):
-            raise DataError(f"{path}: a web page, not the file itself; download it again")
+        if start.startswith((b"version https://git-lfs", b"<")):
+            raise DataError(f"{path}: a Git LFS pointer (git lfs pull) or a web page, not the file")
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
@@ -587,94 +591,23 @@ def load_weights(net, path, key_in_file=str):
     key_in_file: net's key -> the file's. DataError: a tensor is missing, or of another shape.
     """
     state = read_tensors(path)
-    for key in "model", "models", "state_dict", "model_state_dict":
+    for key in "model", "models", "state_dict":
         if isinstance(state.get(key), dict):
             state = state[key]
-    state = {
-        str(key).replace(".", "_"): x for key, x in state.items()
-    }  # timm: stages_0 is stages.0
+    by_name = {str(key).replace(".", "_"): x for key, x in state.items()}  # timm: stages_0
 
     tensors = {}
-    for key in net.state_dict():
-        theirs = key_in_file(key).replace(".", "_")
-        longer = [name for name in state if name.endswith(f"_{theirs}")]
-        if theirs in state:
-            tensors[key] = state[theirs]
-        elif longer and not tensors:
-            prefix = longer[0].removesuffix(theirs)
-            raise DataError(f"{path}: its keys begin with {prefix!r}; save it without")
-    with explain(f"{path}: does not fit"):
-        net.load_state_dict(tensors)  # strict, but for BatchNorm's num_batches_tracked
-    log.info(f"{len(tensors)} tensors loaded from {path}, {len(state) - len(tensors)} not needed")
-
-
-# ---------------------------------------------------------------- the toy set
-# Two textures and two objects, drawn from a seed that is the image's name
-
-TOY = {
-    "weave": ["blotch", "scratch", "stain"],
-    "granite": ["blotch", "scratch", "stain"],
-    "flange": ["missing", "scratch", "stain"],
-    "pill": ["missing", "blotch", "stain"],
-}
-SCRATCH = {"weave": (250, 250, 250), "granite": (25, 25, 30), "flange": (190, 70, 20)}
-
-
-def toy_image(name):
-    """toy:CLASS/SPLIT/DEFECT/INDEX -> uint8 128 x 128 x 3; bool 128 x 128, where its defect is."""
-    cls, _, defect, _ = name.removeprefix("toy:").split("/")
-    rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-    y, x = np.mgrid[:128, :128][..., None] - 63.5  # 128 x 128 x 1, as all below of one channel
-    angle, dx, dy = rng.uniform((-0.06, -2, -2), (0.06, 2, 2))
-    u = (x - dx) * np.cos(angle) + (y - dy) * np.sin(angle)
-    v = (y - dy) * np.cos(angle) - (x - dx) * np.sin(angle)
-    part, ground = -9.0, 0  # signed distance to the object's outline, and the colour around it
-    if cls == "weave":
-        s, t = u / 12 + rng.random(), v / 12 + rng.random()
-        over = (np.floor(s) + np.floor(t)) % 2 == 0
-        thread = 1 - np.abs(np.where(over, s, t) % 1 - 0.5)
-        image = thread * np.where(over, (225, 190, 140), (190, 150, 105))
-    elif cls == "granite":
-        grain = rng.random((66, 66, 1)).repeat(2, 0).repeat(2, 1)
-        grain = sum(grain[i : i + 128, j : j + 128] for i in range(3) for j in range(3)) / 9
-        image = (110 + 110 * grain + 30 * rng.random((128, 128, 1))) * (1, 0.98, 0.95)
-    elif cls == "flange":
-        bolts = [
-            6 - np.hypot(u - 32 * np.cos(k), v - 32 * np.sin(k)) for k in np.arange(6) * np.pi / 3
-        ]
-        part = np.maximum.reduce([np.hypot(u, v) - 46, 14 - np.hypot(u, v), *bolts])
-        ground = 52, 58, 66
-        image = (175 + 0.5 * u - 0.3 * v) * (1, 1, 1.03)
-    else:
-        part, ground = np.hypot(u - u.clip(-28, 28), v) - 22, (214, 212, 205)
-        image = np.where(u < 0, (200, 60, 50), (240, 225, 150)) * (1 - (v / 36) ** 2)
-    inside = np.clip(0.5 - part, 0, 1)  # 1 inside, 0 outside, smooth over a pixel
-    image = ground + (image - ground) * inside
-    shape, colour, strength = (
-        np.full(x.shape, np.inf),
-        0,
-        0.9,
-    )  # shape: signed distance to the outline
-    if defect == "missing":  # a bite at the edge of the object
-        side = rng.choice([-1, 1])
-        a, b, radius = (
-            (rng.uniform(-15, 15), 22 * side, 17) if cls == "pill" else (0, 44 * side, 21)
+    unfit = []
+    for key, ours in net.state_dict().items():
+        theirs = by_name.get(key_in_file(key).replace(".", "_"))
+        if theirs is not None and theirs.shape == ours.shape:
+            tensors[key] = theirs
+        elif not key.endswith("num_batches_tracked"):
+            unfit.append(key)
+    if unfit:
+        raise DataError(
+            f"{path}: {len(unfit)} tensors are missing or of another shape, as {unfit[0]}; "
+            f"the file's first is {next(iter(state), None)!r}: is this --backbone's file?"
         )
-        shape, colour, strength = np.hypot(u - a, v - b) - radius, ground, 1
-    elif defect != "good":
-        centre = rng.uniform(-1, 1, 2) * ((24, 6) if cls == "pill" else 38)
-        a, b = centre / np.hypot(*centre) * 28 if cls == "flange" else centre  # there on its ring
-        if defect == "scratch":  # a line with round ends
-            p, q = rng.uniform(10, 22) * rng.choice([-1, 1]), rng.uniform(10, 22)
-            t = np.clip(((x - a) * p + (y - b) * q) / (p * p + q * q), -1, 1)
-            shape, colour = np.hypot(x - a - t * p, y - b - t * q) - 3, SCRATCH[cls]
-        elif defect == "blotch":
-            discs, colour = rng.uniform((-9, -9, 8), (9, 9, 12), (4, 3)), (35, 25, 25)
-            shape = np.minimum.reduce([np.hypot(x - a - p, y - b - q) - r for p, q, r in discs])
-        else:
-            shape, colour = np.hypot(x - a, y - b) - rng.uniform(12, 15), (30, 80, 220)
-    cover = np.clip(0.5 - shape, 0, 1)
-    mask = np.minimum(cover, inside) * strength
-    image = image + (colour - image) * (cover if defect == "missing" else mask)
-    image = image * rng.uniform(0.97, 1.03) + rng.uniform(-3, 3, image.shape)
-    return image.clip(0, 255).round().astype(np.uint8), mask[..., 0] > 0.45
+    net.load_state_dict(tensors)  # strict, but for BatchNorm's num_batches_tracked
+    log.info(f"{len(tensors)} tensors loaded from {path}, {len(state) - len(tensors)} not needed")

@@ -13,15 +13,16 @@ A metric that is undefined (one class of label only, no mask) is nan: `-` in the
 metrics.json.
 """
 
+import argparse
 import csv
 import itertools
 import json
 import logging
 import math
 import os
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -115,8 +116,6 @@ def evaluate(samples, scores, maps, masks):
         )
     else:
         result |= pixel_metrics(maps, masks)
-    if len(set(labels)) < 2:
-        log.info(f"{samples[0].row}: no I-AUROC, as all test images are good or all defective")
     return result
 
 
@@ -213,12 +212,11 @@ RAMP = [
 
 
 def overlay(image, s, low, high):
-    """uint8 H x W x 3: heat over the grey image, the stronger the higher the map s, H x W."""
+    """uint8 H x W x 3: the map s, H x W, as heat over the grey image."""
     anchors = np.linspace(low, high, len(RAMP))
     heat = np.stack([np.interp(s, anchors, channel) for channel in zip(*RAMP, strict=True)], -1)
     grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
-    alpha = np.interp(s, (low, high), (0.3, 0.7))[..., None]
-    return (grey * (1 - alpha) + heat * alpha).astype(np.uint8)
+    return (0.55 * grey + 0.45 * heat).astype(np.uint8)
 
 
 def shorten(name):
@@ -249,7 +247,7 @@ def save_maps(folder, images, samples, scores, maps, masks, normal):
         mask = np.repeat(masks[i, :, :, None] * np.uint8(255), 3, -1)
         heat = overlay(images[i], maps[i], scale["low"], scale["high"])
         kind = ["good", "defective"][sample.label]
-        name = f"{rank:04d}-{kind}-{'-'.join(Path(sample.image).parts[-2:])}"
+        name = f"{rank:04d}-{kind}-{'-'.join(Path(sample.image).with_suffix('').parts[-2:])}"
         text = f"{scores[i]:.4g} {kind} {sample.image}"
         save_strip(folder / f"{shorten(name)}.png", [images[i], mask, heat], text)
 
@@ -267,22 +265,88 @@ def calibrate(maps, scores, samples):
         mine = [i for i, other in enumerate(classes) if cls in ("", other)]
         low = float(np.median(maps[mine]))
         peak = float(np.quantile(maps[mine].max((1, 2)), 0.99))
-        scale = {"low": low, "peak": peak, "high": max(low, 2 * peak - low)}
+        scale = {"low": low, "peak": peak, "high": 2 * peak - low}
         normal[cls] = {"scores": [float(scores[i]) for i in mine], **scale}
     return normal
 
 
 def threshold(normal, quantile):
-    """The quantile of a class's normal scores; a line that says how sure its error rate is."""
+    """The quantile of a class's normal scores, and a text that says how far it can be trusted."""
     scores = np.array(normal["scores"])
     limit = float(np.quantile(scores, quantile))
     above = int((scores > limit).sum())
     test = stats.binomtest(above, len(scores), alternative="less")
     most = test.proportion_ci(0.95).high  # Clopper-Pearson
     return limit, (
-        f"{limit:.4g}, the {quantile} quantile of normal scores, {above} of {len(scores)} above: "
-        f"a false positive rate of at most {most:.1%}, with 95 % confidence"
+        f"{limit:.4g} ({quantile} quantile of {len(scores)} normal images; "
+        f"at most {100 * most:.1f} % false alarms, with 95 % confidence)"
     )
+
+
+def thresholds(normal, quantile):
+    """{class: limit}, with "" for all classes; logs each, and warns if few images decide."""
+    limits = {}
+    few = []
+    for cls, values in normal.items():
+        limits[cls], text = threshold(values, quantile)
+        if cls or len(normal) != 2:  # of one class "" is the same
+            log.info(f"limit for {cls or 'all classes'}: {text}")
+        if 1 - 1 / len(values["scores"]) < quantile:
+            few.append(cls or "all classes")
+    if few:
+        log.warning(
+            f"warning: few normal images decide the limit for {data.counted(few)}: "
+            "hold out more (--holdout) or take more photos"
+        )
+    return limits
+
+
+def read_photo(path, size, crop):
+    """The path; uint8 S x S x 3; the photo to be shown, or None if it cannot be read."""
+    side = crop or size
+    try:
+        image, _ = data.read_image(path)
+    except data.DataError as error:
+        log.warning(f"skipped: {error}")
+        return path, np.zeros((side, side, 3), np.uint8), None
+    pixels = data.resized(image, size, crop, Image.Resampling.BILINEAR)
+    if crop:
+        image = Image.fromarray(pixels)
+    image.thumbnail((512, 512))
+    return path, pixels, np.asarray(image)
+
+
+def judged(photos, judge, batch_size):
+    """(photo, map, score, class) of each photo."""
+    while batch := list(itertools.islice(photos, batch_size)):
+        pixels = np.stack([pixels for _, pixels, _ in batch])
+        yield from zip(batch, *judge(pixels), strict=True)
+
+
+def draw_verdict(numbered, normal, limits, folder):
+    """The photo's row of predictions.csv; draws its picture."""
+    i, ((path, _, photo), s, score, cls) = numbered
+    if photo is None:
+        return {"file": path, "verdict": "unreadable"}
+    if not (np.isfinite(score) and np.isfinite(s).all()):
+        log.warning(f"skipped: {path}: its map is not finite")
+        return {"file": path, "verdict": "failed"}
+
+    limit = limits.get(cls, limits[""])
+    verdict = "defective" if score > limit else "good"
+    picture = f"{i:05d}-{verdict}-{shorten(Path(path).stem)}.png"
+    text = f"{verdict} {score:.4g} (threshold {limit:.4g}) {cls} {Path(path).name}"
+
+    scale = normal.get(cls, normal[""])
+    height, width = photo.shape[:2]
+    s = Image.fromarray(s.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    heat = overlay(photo, np.asarray(s), scale["low"], scale["high"])
+    above = np.asarray(s) > scale["peak"]
+    outline = above & ~ndimage.binary_erosion(above)  # of what no normal image has
+    heat[outline] = 255
+    save_strip(folder / picture, [photo, heat], text)
+    values = path, f"{score:.6g}", verdict, cls, f"{limit:.6g}", picture
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def predict(paths, judge, normal, quantile, folder, batch_size, size, crop=None):
@@ -293,71 +357,21 @@ def predict(paths, judge, normal, quantile, folder, batch_size, size, crop=None)
     the network; at most a few batches are in memory. An unreadable image costs only itself.
     """
     folder = Path(folder)
-    limits = {cls: threshold(values, quantile) for cls, values in normal.items()}
-    for cls in limits:
-        if cls or len(limits) == 1:
-            log.info(f"threshold {cls}: {limits[cls][1]}")
-
-    def read(path):
-        try:
-            image, _ = data.read_image(path)
-        except data.DataError as error:
-            return path, None, str(error)
-        pixels = data.resized(image, size, crop, Image.Resampling.BILINEAR)
-        if crop:
-            image = Image.fromarray(pixels)
-        shown = [max(32, round(side * 512 / max(image.size))) for side in image.size]
-        return path, np.asarray(image.resize(shown, Image.Resampling.BILINEAR)), pixels
-
-    def judged(pool):
-        found = in_order(pool, read, paths, 2 * batch_size)
-        while batch := list(itertools.islice(found, batch_size)):
-            readable = [pixels for _, image, pixels in batch if image is not None]
-            results = zip(*judge(np.stack(readable)), strict=True) if readable else iter([])
-            for path, image, error in batch:
-                yield (
-                    (path, image, error, None)
-                    if image is None
-                    else (path, image, "", next(results))
-                )
-
-    def draw(numbered):
-        i, (path, image, error, result) = numbered
-        if result is None:
-            return {"file": path, "verdict": "unreadable", "error": error}
-        s, score, cls = result
-        if not (np.isfinite(score) and np.isfinite(s).all()):
-            return {"file": path, "verdict": "failed", "error": f"{path}: its map is not finite"}
-        scale = normal.get(cls, normal[""])
-        limit, _ = limits.get(cls, limits[""])
-        verdict = "defective" if score > limit else "good"
-        picture = f"{i:05d}-{verdict}-{shorten(Path(path).stem)}.png"
-
-        height, width = image.shape[:2]
-        s = Image.fromarray(s.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-        above = np.asarray(s) > scale["peak"]
-        heat = overlay(image, np.asarray(s), scale["low"], scale["high"])
-        heat[above & ~ndimage.binary_erosion(above)] = (
-            255  # the outline of what no normal image has
-        )
-        text = f"{verdict} {score:.4g} (threshold {limit:.4g}) {cls} {Path(path).name}"
-        save_strip(folder / picture, [image, heat], text)
-        values = f"{score:.6g}", verdict, cls, f"{limit:.6g}", picture
-        return dict(zip(COLUMNS, (path, *values), strict=True))
-
+    read = partial(read_photo, size=size, crop=crop)
+    draw = partial(draw_verdict, normal=normal, limits=thresholds(normal, quantile), folder=folder)
     failures = 0
     with (
         ThreadPoolExecutor() as pool,
         open(folder / "predictions.csv", "w", newline="", errors="surrogateescape") as file,
     ):
-        rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        rows.writeheader()
-        drawn = in_order(pool, draw, enumerate(judged(pool)), 2 * batch_size)
-        for row in tqdm(drawn, "images", len(paths), leave=False, disable=None):
-            if "error" in row:
-                failures += 1
-                log.warning(f"skipped: {row['error']}")
-            rows.writerow(row)
+        photos = in_order(pool, read, paths, 2 * batch_size)
+        numbered = enumerate(judged(photos, judge, batch_size))
+        rows = in_order(pool, draw, numbered, 2 * batch_size)
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in tqdm(rows, "images", len(paths), leave=False, disable=None):
+            failures += "picture" not in row
+            writer.writerow(row)
             file.flush()  # an interrupt keeps the rows
     log.info(f"{len(paths) - failures} images judged, {failures} skipped; written to {folder}")
     return failures == 0
@@ -378,7 +392,9 @@ def in_order(pool, function, items, ahead):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The table of a finished run, or of several.")
+    parser.add_argument("runs", nargs="+", help="folders; of several mean and standard deviation")
     try:
-        main(sys.argv[1:] or ["."])
+        main(parser.parse_args().runs)
     except data.DataError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")

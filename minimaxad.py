@@ -29,7 +29,7 @@ says so:
  4. Test: S is blurred (sigma 4), the score its maximum (Reverse Distillation, the authors' first
     evaluation).
  5. AdamW, lr 5e-3, x 0.995 each epoch, weight decay 5e-5 (authors' code 1e-5), the last batch is
-    kept (their unified scripts drop it).
+    kept (their unified scripts drop it). --arch rd: Adam of betas .5 and .999, a constant rate.
  6. Over several processes every loss, quantile and count is that of the global batch. So is
     BatchNorm on GPUs; on CPUs torch has none, and each process normalises by its own images.
  7. Each epoch sets the order of the images from (seed, epoch), so that a checkpoint alone goes on
@@ -83,7 +83,7 @@ SETTINGS = {
     "loss": (["adc", "global", "local", "local-hm"], "adc: MiniMaxAD-fr, global: MiniMaxAD-fp"),
     "p_hard": (0.9999, "Eq. 8, Table A4"),
     "p_lim": (0.9995, "Eq. 8, 9, Tables A4, A5"),
-    "epochs": (100, "Appendix B"),
+    "epochs": (100, "Sec. 4.1"),
     "batch_size": (16, "over all processes"),
     "lr": (5e-3, "learning rate"),
     "gamma": (0.995, "the learning rate is multiplied by it after each epoch"),
@@ -126,7 +126,7 @@ RD = {  # Reverse Distillation's own
 TOY = {
     "unified": True,
     "size": 128,
-    "epochs": 6,
+    "epochs": 3,
     "backbone": "unireplknet_a",
     "weights": "none",
     "holdout": 0.1,
@@ -169,25 +169,24 @@ class DilatedReparam(nn.Module):
         self.lk_origin = depthwise(channels, 13)
         self.origin_bn = nn.BatchNorm2d(channels)
         for kernel, dilation in (5, 1), (7, 2), (3, 3), (3, 4), (3, 5):  # all within 13 x 13
-            conv = depthwise(channels, kernel, dilation)
-            self.add_module(f"dil_conv_k{kernel}_{dilation}", conv)
+            branch = depthwise(channels, kernel, dilation)
+            self.add_module(f"dil_conv_k{kernel}_{dilation}", branch)
             self.add_module(f"dil_bn_k{kernel}_{dilation}", nn.BatchNorm2d(channels))
 
     def forward(self, x):
         x = x.contiguous()  # channels last, torch's bfloat16 gradient of dilated ones is wrong
         layers = list(self.children())
-        return sum(bn(conv(x)) for conv, bn in zip(layers[0::2], layers[1::2], strict=True))
+        return sum(bn(branch(x)) for branch, bn in zip(layers[0::2], layers[1::2], strict=True))
 
     def fused(self):
         """One 13 x 13 convolution that gives the same output in eval mode."""
         layers = list(self.children())
-        folded = [fold(conv, bn) for conv, bn in zip(layers[0::2], layers[1::2], strict=True)]
-        large, *small = folded
-        for conv in small:
-            reach = conv.padding[0]
-            inside = slice(6 - reach, 7 + reach, conv.dilation[0])  # where its taps fall
-            large.weight.data[:, :, inside, inside] += conv.weight.data
-            large.bias.data += conv.bias.data
+        large, *small = map(fold, layers[0::2], layers[1::2])
+        for branch in small:
+            reach = branch.padding[0]
+            inside = slice(6 - reach, 7 + reach, branch.dilation[0])  # where its taps fall
+            large.weight.data[:, :, inside, inside] += branch.weight.data
+            large.bias.data += branch.bias.data
         return large
 
 
@@ -300,18 +299,21 @@ class TimmEncoder(nn.Module):
             index = [i for i, stride in enumerate(info.reduction()) if stride in (4, 8, 16)]
             options = {"features_only": True, "out_indices": index}
             self.net = timm.create_model(name, pretrained=pretrained, **options)
+            maps = self.net(torch.zeros(1, 3, 64, 64))
         info = self.net.feature_info
         if info.reduction() != [4, 8, 16]:
             raise data.DataError(f"--backbone {name} has strides {info.reduction()}, not 4, 8, 16")
         self.channels = info.channels()
         self.kernels = UNIREPLKNET["unireplknet_n"][1:]
+        if [x.shape[1] for x in maps] != self.channels:
+            raise data.DataError(f"--backbone {name}: its maps are not B x C x H x W")
 
     def forward(self, x):
         return self.net(x)
 
 
 def load_encoder(name, weights):
-    """The frozen encoder, fused for inference: standardised images B x 3 x H x W -> maps.
+    """The frozen encoder, UniRepLKNet's fused: standardised images B x 3 x H x W -> maps.
 
     name: a key of UNIREPLKNET or any timm CNN of strides 4, 8, 16. weights: a file, "none"
     (untrained), or None for timm's download. Its buffers mean and std, 3 x 1 x 1, standardise RGB
@@ -336,12 +338,8 @@ def load_encoder(name, weights):
             data.load_weights(encoder.net, weights)
     encoder.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
     encoder.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-    with data.explain(f"--backbone {name}: no CNN for images of any size"):
-        fusible = can_fuse(encoder)
-    if fusible:
-        return fuse(encoder)
-    log.info(f"note: {name} is not fused, as that would change its maps")
-    return encoder.eval().requires_grad_(False)
+    encoder.eval().requires_grad_(False)
+    return fuse(encoder) if name in UNIREPLKNET else encoder
 
 
 def authors_key(key):
@@ -357,52 +355,6 @@ def authors_key(key):
     for ours, theirs in names.items():
         key = key.replace(f".{ours}.", f".{theirs}.")
     return key
-
-
-def fold(layer, bn):
-    """A copy of a convolution or linear layer with the BatchNorm after it folded in."""
-    if isinstance(layer, nn.Linear):
-        return nn.utils.fuse_linear_bn_eval(layer, bn)
-    transposed = isinstance(layer, nn.ConvTranspose2d)
-    return nn.utils.fuse_conv_bn_eval(layer, bn, transpose=transposed)
-
-
-def fuse(network):
-    """A frozen copy for inference: one convolution for each dilated reparam, BatchNorms folded into
-    the layers registered before them."""
-    network = copy.deepcopy(network).eval().requires_grad_(False)
-    for parent in list(network.modules()):
-        if isinstance(parent, Block) and isinstance(parent.dwconv, DilatedReparam):
-            parent.dwconv = parent.dwconv.fused()
-        for (name, layer), (bn_name, bn) in pairwise(list(parent.named_children())):
-            linear = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
-            if linear and type(bn) is nn.BatchNorm2d:
-                setattr(parent, name, fold(layer, bn))
-                setattr(parent, bn_name, nn.Identity())
-        if isinstance(parent, Block) and parent.grn.beta.numel() > 1:  # into the layer after it
-            beta = parent.grn.beta.flatten()
-            parent.pwconv2.bias.data += parent.pwconv2.weight @ beta
-            parent.grn.beta = nn.Parameter(torch.zeros(1, device=beta.device), False)
-    return network
-
-
-@torch.no_grad()
-def can_fuse(encoder):
-    """Whether fuse() keeps the maps of a random image: some timm networks register their layers in
-    another order than they run them. BatchNorms are drawn, so that weights make no difference."""
-    probe = copy.deepcopy(encoder).eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for module in probe.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.uniform_(-1, 1)
-                module.running_var.uniform_(0.5, 2)
-        image = torch.randn(1, 3, 64, 64)
-    maps = probe(image)
-    if [x.shape[1] for x in maps] != encoder.channels:
-        raise ValueError("its maps are not B x C x H x W")
-    both = zip(maps, fuse(probe)(image), strict=True)
-    return all((a - b).abs().max() < 1e-3 * a.std() for a, b in both)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -549,8 +501,8 @@ def adc_threshold(pixels, p_hard, p_lim):
     beta = quantile(squares, p_lim)
     sigma2 = pixels.var()
     A = (squares >= alpha - sigma2).sum()  # as many as alpha would mine
-    N = max(1, len(pixels) * (1 - p_lim))  # the least to mine
-    return torch.where(A >= N, alpha, beta) - sigma2
+    least = max(1, len(pixels) * (1 - p_lim))  # N in the paper
+    return torch.where(A >= least, alpha, beta) - sigma2
 
 
 def local_loss(S, threshold=0.0):
@@ -589,8 +541,35 @@ def gaussian_blur(S, radius, mode):
     return blur @ S @ blur.T
 
 
+def fold(layer, bn):
+    """A copy of a convolution or linear layer with the BatchNorm after it folded in."""
+    if isinstance(layer, nn.Linear):
+        return nn.utils.fuse_linear_bn_eval(layer, bn)
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    return nn.utils.fuse_conv_bn_eval(layer, bn, transpose=transposed)
+
+
+def fuse(network):
+    """A frozen copy for inference: one convolution for each dilated reparam, BatchNorms folded into
+    the layers registered before them."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    for parent in list(network.modules()):
+        if isinstance(parent, Block) and isinstance(parent.dwconv, DilatedReparam):
+            parent.dwconv = parent.dwconv.fused()
+        for (name, layer), (bn_name, bn) in pairwise(list(parent.named_children())):
+            linear = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+            if linear and type(bn) is nn.BatchNorm2d:
+                setattr(parent, name, fold(layer, bn))
+                setattr(parent, bn_name, nn.Identity())
+        if isinstance(parent, Block) and parent.grn.beta.numel() > 1:  # into the layer after it
+            beta = parent.grn.beta.flatten()
+            parent.pwconv2.bias.data += parent.pwconv2.weight @ beta
+            parent.grn.beta = nn.Parameter(torch.zeros(1, device=beta.device), False)
+    return network
+
+
 class Detector(nn.Module):
-    """The fused network: image B x 3 x S x S in 0..1 -> map B x S x S, score B, class 0.
+    """The fused network: image B x 3 x S x S in 0..1 -> map B x S x S, score B.
 
     score: "max" or "mean" (CIFAR-10) of a map blurred as in Reverse Distillation and the authors'
     first evaluation; "top1", the mean of the top 1 %, and a 5 x 5 blur, of their later one.
@@ -637,13 +616,14 @@ def train(model, state, args, samples, images, device):
     Goes on where the state stopped. Leaves checkpoints in args.out, of which the last one has what
     --predict needs, too.
     """
-    mine = np.isin([sample.cls for sample in samples], state["classes"])
-    held = data.hold_out(samples, args.holdout)
-    index = np.flatnonzero(mine & ~held)
+    index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
+    held = data.hold_out([samples[i] for i in index], args.holdout)
+    calibration = index[held] if held.any() else index
+    index = index[~held]
     digest = data.digest([samples[i] for i in index])
-    if state["images"] not in (None, digest):
+    if state["digest"] not in (None, digest):
         raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
-    state["images"] = digest
+    state["digest"] = digest
     pixels = torch.from_numpy(images[index])
     if device.type == "cuda" and pixels.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]:
         pixels = pixels.to(device)
@@ -681,15 +661,15 @@ def train(model, state, args, samples, images, device):
             image = pixels[part].to(device).permute(0, 3, 1, 2).contiguous().float() / 255
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 encoder_maps, decoder_maps = parallel(image)
-            S = anomaly_map(encoder_maps, decoder_maps, size, "nearest")
+            maps = encoder_maps, decoder_maps
             if args.loss == "global":
-                loss = global_loss(encoder_maps, decoder_maps)
-            elif args.loss == "local":
-                loss = local_loss(S)  # Eq. 7. (Eq. 1, the mean on each scale, is its predecessor.)
+                loss = global_loss(*maps)
+            elif args.loss == "local":  # Eq. 7. (Eq. 1, the mean on each scale, came before it.)
+                loss = local_loss(anomaly_map(*maps, size, "nearest"))
             elif args.loss == "local-hm":
-                loss = local_hm_loss(S, args.p_lim)
+                loss = local_hm_loss(anomaly_map(*maps, size, "nearest"), args.p_lim)
             else:
-                loss = adc_loss(S, args.p_hard, args.p_lim)
+                loss = adc_loss(anomaly_map(*maps, size, "nearest"), args.p_hard, args.p_lim)
             optimizer.zero_grad()
             (loss * WORLD).backward()  # DistributedDataParallel takes the mean over processes
             optimizer.step()
@@ -697,30 +677,25 @@ def train(model, state, args, samples, images, device):
 
         loss = total(losses).item() / len(batches)
         if not nn.utils.parameters_to_vector(parameters).isfinite().all():
-            raise data.DataError(
-                f"diverged in epoch {epoch + 1}: lower --lr; the last checkpoint is good"
-            )
+            raise data.DataError(f"diverged in epoch {epoch + 1}: lower --lr")
         with torch.no_grad():  # of the last batch: Fig. 4a and 3c
-            everything = all_pixels(S)
+            everything = all_pixels(anomaly_map(*maps, size, "nearest"))
             threshold = adc_threshold(everything, args.p_hard, args.p_lim)
             mined = (everything.square() >= threshold).sum()
-            variance = sum(F.normalize(m.float(), dim=1).var(correction=0) for m in encoder_maps)
+            e, d = (sum(F.normalize(x.float(), dim=1).var(correction=0) for x in xs) for xs in maps)
         log.info(
             f"{state['name']} epoch {epoch + 1}/{args.epochs}: {args.loss} loss {loss:.5f}, "
             f"mined by Eq. 8 {mined} of {len(everything)} pixels, variance of the encoder's maps "
-            f"{variance:.5f}, {time.time() - start:.1f} s"
+            f"{e:.5f}, the decoder's {d:.5f}, {time.time() - start:.1f} s"
         )
         state["epoch"] = epoch + 1
-        if time.time() - saved_at > SAVE_EVERY and epoch + 1 < args.epochs:
+        if time.time() - saved_at > SAVE_EVERY:
             save(args, state, model, optimizer.state_dict())
             saved_at = time.time()
 
-    seen = np.flatnonzero(mine & held)
-    if len(seen) == 0:
-        seen = index
-    seen = seen[:: math.ceil(len(seen) / 1000)]  # a thousand will do
-    S, scores = infer(Detector(args, model), images[seen], device)
-    state["normal"] = metrics.calibrate(S, scores, [samples[i] for i in seen])
+    calibration = calibration[:: math.ceil(len(calibration) / 1000)]  # a thousand will do
+    S, scores = infer(Detector(args, model), images[calibration], device)
+    state["normal"] = metrics.calibrate(S, scores, [samples[i] for i in calibration])
     save(args, state, model, None)
 
 
@@ -742,8 +717,8 @@ def evaluate(model, state, args, samples, images, masks, device):
         S, scores = infer(detector, pixels, device)
         results[row] = metrics.evaluate(mine, scores, S, masks[index])
         if args.save_maps:
-            shown = mine, scores, S, masks[index]
-            metrics.save_maps(Path(args.out, "maps", row), pixels, *shown, state["normal"])
+            folder = Path(args.out, "maps", row)
+            metrics.save_maps(folder, pixels, mine, scores, S, masks[index], state["normal"])
     return results
 
 
@@ -755,6 +730,12 @@ def run(args, states, device):
     test_images = data.decode(test, args.size, args.crop)
     images = None
     if not states:
+        if args.weights == "none":
+            log.info("warning: the encoder is untrained: good to see the code run, not for results")
+        if (args.data, args.unified) not in PRESETS:
+            log.info(
+                f"note: the paper has no settings for {args.data}; taken are its nearest set's"
+            )
         images = data.decode(train_samples, args.size, args.crop)
         data.warn_of_copies(train_samples, images, test, test_images)
         groups = [classes] if args.unified else [[cls] for cls in classes]
@@ -773,7 +754,7 @@ def run(args, states, device):
     if args.eval and not results:
         raise data.DataError("no test images of the classes that trained (--root, --classes)")
     if RANK == 0:
-        paper = published(args, results)
+        paper = published(args)
         log.info(metrics.table([results], paper))
         if args.out:
             metrics.save_result(args.out, vars(args), results, paper)
@@ -786,7 +767,7 @@ def new_state(args, classes):
         "name": "unified" if args.unified else classes[0].replace("/", "_"),
         "args": vars(args),
         "classes": classes,
-        "images": None,  # their digest
+        "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
         "model": None,  # its tensors after that epoch
         "optimizer": None,
@@ -817,127 +798,117 @@ def save(args, state, model, optimizer):
 
 def read_state(path):
     state = data.read_tensors(path)
-    if set(state.get("args", ())) != set(vars(get_parser().parse_args([]))):
+    if set(state.get("args", ())) != {*SETTINGS, *ACTIONS}:
         raise data.DataError(f"{path}: not a checkpoint of this version of minimaxad.py")
     return state
 
 
 def open_folder(args):
-    """The run's folder, new, empty or the one to resume; its log.txt and args.json."""
+    """The run's folder: new, or of a run that failed at its start, or to resume; log and args."""
     if RANK > 0 or not args.out:
         return
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not args.resume:
-        raise data.DataError(
-            f"--out {folder} holds files; --resume goes on, another --out starts anew"
-        )
+    files = {path.name for path in folder.iterdir()} - {"log.txt", "args.json"}
+    if files and not args.resume:
+        raise data.DataError(f"--out {folder} holds files; name a new folder, or --resume that run")
     log.parent.addHandler(logging.FileHandler(folder / "log.txt", errors="backslashreplace"))
-    settings = json.dumps(vars(args), indent=2)
     if not args.resume:
-        (folder / "args.json").write_text(settings)
-    log.info(f"minimaxad.py {' '.join(settings.split())}")
-    if args.weights == "none":
-        log.info("warning: the encoder is untrained: good to see the code run, not for results")
-    if not args.eval and (args.data, args.unified) not in PRESETS:
-        log.info(
-            f"note: the paper has no settings for {args.data}; taken are those of the nearest set"
-        )
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
 
 
 # ------------------------------------------------------------------------- the paper's own figures
 
-TABLES = {  # (set, unified): how many rows; metrics of RD and MiniMaxAD (adc or global); rows, in %
-    ("mvtec", True): (
-        15,
-        {  # Table 3
-            "metrics": "rd:i_auroc adc:i_auroc",
-            "carpet": "98.3 99.9",
-            "grid": "99.0 98.2",
-            "leather": "100 100",
-            "tile": "98.1 100",
-            "wood": "99.3 99.4",
-            "bottle": "79.9 100",
-            "cable": "86.8 99.0",
-            "capsule": "96.3 96.0",
-            "hazelnut": "100 100",
-            "metal_nut": "99.8 100",
-            "pill": "92.8 97.9",
-            "screw": "96.5 94.1",
-            "toothbrush": "97.5 98.9",
-            "transistor": "93.3 97.6",
-            "zipper": "98.6 99.7",
-            "mean": "95.8 98.7",
-        },
-    ),
-    ("visa", True): (
-        12,
-        {  # Table 3
-            "metrics": "rd:i_auroc adc:i_auroc",
-            "candle": "93.6 98.7",
-            "capsules": "67.8 91.3",
-            "cashew": "94.6 97.8",
-            "chewinggum": "95.3 98.9",
-            "fryum": "94.4 96.8",
-            "macaroni1": "97.2 98.5",
-            "macaroni2": "86.2 89.4",
-            "pcb1": "96.5 98.0",
-            "pcb2": "93.0 97.0",
-            "pcb3": "94.5 97.5",
-            "pcb4": "100 99.8",
-            "pipe_fryum": "99.7 99.7",
-            "mean": "92.7 97.0",
-        },
-    ),
-    ("goodsad", False): (
-        6,
-        {  # Tables 4, 5, A3
-            "metrics": "rd:i_auroc adc:i_auroc rd:p_aupr rd:aupro adc:p_aupr adc:aupro",
-            "cigarette_box": "65.1 97.8 23.7 72.7 60.0 86.2",
-            "drink_bottle": "67.2 80.4 12.5 84.2 49.2 86.8",
-            "drink_can": "63.3 90.8 17.4 81.9 49.1 87.0",
-            "food_bottle": "76.6 91.0 25.4 84.3 63.0 92.8",
-            "food_box": "63.3 78.9 5.8 75.9 20.0 83.9",
-            "food_package": "63.5 77.3 7.7 79.4 30.7 87.5",
-            "mean": "66.5 86.0 15.4 79.7 45.3 87.4",
-        },
-    ),
-    ("aebad", False): (
-        4,
-        {  # Table 1
-            "metrics": "rd:aupro rd:i_auroc global:aupro global:i_auroc",
-            "same": "86.4 82.4 81.4 86.4",
-            "background": "86.4 84.3 82.1 90.7",
-            "illumination": "86.7 84.3 86.0 87.2",
-            "view": "82.9 71.9 77.8 85.9",
-            "mean": "85.6 81.0 81.8 87.6",
-        },
-    ),
-    ("visa", False): (
-        12,
-        {  # Table 2
-            "metrics": "rd:aupro rd:i_auroc global:aupro global:i_auroc",
-            "mean": "70.9 96.0 90.4 96.4",
-        },
-    ),
-    ("mad", False): (20, {"metrics": "rd:i_auroc adc:i_auroc", "mean": "66.8 84.7"}),  # Table 6
+TABLES = {  # (set, unified): the method and metric of each column; figures in %
+    # Table 3
+    ("mvtec", True): """
+rd:i_auroc  adc:i_auroc
+carpet       98.3  99.9
+grid         99.0  98.2
+leather     100.0 100.0
+tile         98.1 100.0
+wood         99.3  99.4
+bottle       79.9 100.0
+cable        86.8  99.0
+capsule      96.3  96.0
+hazelnut    100.0 100.0
+metal_nut    99.8 100.0
+pill         92.8  97.9
+screw        96.5  94.1
+toothbrush   97.5  98.9
+transistor   93.3  97.6
+zipper       98.6  99.7
+mean         95.8  98.7
+""",
+    # Table 3
+    ("visa", True): """
+rd:i_auroc  adc:i_auroc
+candle       93.6  98.7
+capsules     67.8  91.3
+cashew       94.6  97.8
+chewinggum   95.3  98.9
+fryum        94.4  96.8
+macaroni1    97.2  98.5
+macaroni2    86.2  89.4
+pcb1         96.5  98.0
+pcb2         93.0  97.0
+pcb3         94.5  97.5
+pcb4        100.0  99.8
+pipe_fryum   99.7  99.7
+mean         92.7  97.0
+""",
+    # Tables 4, 5, A3
+    ("goodsad", False): """
+rd:i_auroc adc:i_auroc rd:p_aupr rd:aupro adc:p_aupr adc:aupro
+cigarette_box  65.1  97.8  23.7  72.7  60.0  86.2
+drink_bottle   67.2  80.4  12.5  84.2  49.2  86.8
+drink_can      63.3  90.8  17.4  81.9  49.1  87.0
+food_bottle    76.6  91.0  25.4  84.3  63.0  92.8
+food_box       63.3  78.9   5.8  75.9  20.0  83.9
+food_package   63.5  77.3   7.7  79.4  30.7  87.5
+mean           66.5  86.0  15.4  79.7  45.3  87.4
+""",
+    # Table 1
+    ("aebad", False): """
+rd:aupro rd:i_auroc global:aupro global:i_auroc
+same          86.4  82.4  81.4  86.4
+background    86.4  84.3  82.1  90.7
+illumination  86.7  84.3  86.0  87.2
+view          82.9  71.9  77.8  85.9
+mean          85.6  81.0  81.8  87.6
+""",
+    # Table 2
+    ("visa", False): """
+rd:aupro rd:i_auroc global:aupro global:i_auroc
+mean  70.9  96.0  90.4  96.4
+""",
+    # Table 6
+    ("mad", False): """
+rd:i_auroc adc:i_auroc
+mean  66.8  84.7
+""",
 }
 
 
-def published(args, rows):
-    """The paper's figures, {row: {metric: value}}, for its own settings of this set; else {}."""
-    key = args.data, args.unified and args.data != "aebad"  # AeBAD is one class
-    count, table = TABLES.get(key, (0, {}))
-    complete = len(rows) == count
-    if args.unified and not complete:  # of fewer classes it is another model
+def published(args):
+    """The paper's figures, {row: {metric: value}}, beside its model however trained; else {}."""
+    theirs = vars(get_parser().parse_args([])) | preset(args)
+    own = ["size", "crop", "backbone", "score"]
+    if args.unified:
+        own.append("classes")  # of fewer it is another model
+    if any(vars(args)[key] != theirs[key] for key in own):
         return {}
     method = "rd" if args.arch == "rd" else args.loss
-    columns = table.get("metrics", "").split()
+    header, *lines = TABLES.get((args.data, args.unified), "").strip().split("\n")
     result = {}
-    for row in {**rows, "mean": {}} if complete else rows:
-        for column, figure in zip(columns, table.get(row, "").split(), strict=False):
+    for line in lines:
+        row, *figures = line.split()
+        result[row] = {}
+        for column, figure in zip(header.split(), figures, strict=True):
             if column.startswith(f"{method}:"):
-                result.setdefault(row, {})[column.split(":")[1]] = float(figure) / 100
+                result[row][column.split(":")[1]] = float(figure) / 100
+    if args.classes:
+        result.pop("mean", None)
     return result
 
 
@@ -963,7 +934,7 @@ def predict(args, state, model, device):
     return metrics.predict(paths, judge, state["normal"], *options)
 
 
-def export(args, model):
+def export(args, state, model):
     """Write the network as a torch.export program, which loads without this project."""
     side = args.crop or args.size
     image = torch.rand(2, 3, side, side)
@@ -974,31 +945,34 @@ def export(args, model):
         detector = Detector(args, model).cpu()
         program = torch.export.export(detector, (image,), dynamic_shapes=shapes)
         torch.export.save(program, temporary)
-    log.info(f"{args.export}: image B x 3 x {side} x {side} in 0..1 -> map, score")
+    log.info(f"{args.export}: RGB B x 3 x {side} x {side} in 0..1 -> map, score")
+    for cls, normal in state["normal"].items():
+        log.info(f"{cls or 'all classes'}: {metrics.threshold(normal, args.quantile)[1]}")
 
 
 def bench(args, device):
     """Storage (the paper: 119 MB), images per second, then the whole path of --predict."""
     state = new_state(args, ["0"])
     model = make_model(args, state, load_encoder(args.backbone, "none")).to(device).eval()
-    detector = Detector(args, model)
+    detector = Detector(args, model).requires_grad_(False)
     side = args.crop or args.size
     log.info(f"{args.backbone}, {side} px, {device}, {torch.get_num_threads()} threads")
     for name, network in ("trained", model), ("fused", detector):
         size = sum(x.nbytes for x in network.state_dict().values()) / 2**20
         log.info(f"{name}: {size:.1f} MiB (the paper: 119 MB)")
-    images = np.random.randint(0, 256, (64, side, side, 3), np.uint8)
+    image = torch.rand(16, 3, side, side, device=device)
     for B in (1, 16):
-        infer(detector, images[:B], device)  # a first time for its memory and kernels
+        detector(image[:B])  # a first time for its memory and kernels
         start = time.time()
-        S, scores = infer(detector, images[:B], device)
+        S, scores = (x.cpu().numpy() for x in detector(image[:B]))
         rate = B / (time.time() - start)
         log.info(f"batch {B}: {rate:.1f} images/s (the paper: 40.7 at batch 1 on a GTX 1080 Ti)")
 
     state["normal"] = metrics.calibrate(S, scores, [data.Sample("", 0, "0", "0")] * B)
     with tempfile.TemporaryDirectory() as folder:
-        for i, image in enumerate(images):
-            Image.fromarray(image).resize((1024, 1024)).save(f"{folder}/{i}.jpg")
+        for i in range(64):
+            pixels = np.random.randint(0, 256, (256, 256, 3), np.uint8)
+            Image.fromarray(pixels).resize((1024, 1024)).save(f"{folder}/{i}.jpg")
         args.predict = [folder]
         args.out = f"{folder}/out"
         start = time.time()
@@ -1043,7 +1017,7 @@ def preset(args):
     if args.arch == "rd":
         settings = settings | RD
     if args.arch == "rd" and args.data == "toy":
-        settings = settings | {"epochs": 6, "backbone": "resnet18"}
+        settings = settings | {"epochs": 3, "backbone": "resnet18"}
     return settings
 
 
@@ -1059,8 +1033,9 @@ def parse_args(argv=None):
         states = [read_state(path) for path in paths]
         saved = states[0]["args"]
     elif args.resume:
-        with data.explain(f"--resume needs --out RUN, and finds none in {args.out}"):
-            saved = json.loads(Path(args.out, "args.json").read_text())
+        path = Path(args.out or "", "args.json")
+        with data.explain(f"--resume goes on with the run in --out RUN, but {path}"):
+            saved = json.loads(path.read_text())
     elif not args.bench:
         parser.set_defaults(**preset(args))
     parser.set_defaults(**{key: saved[key] for key in SETTINGS if saved})
@@ -1073,9 +1048,8 @@ def parse_args(argv=None):
         free += ["classes"] if args.predict else ["classes", "score"]
     for key in SETTINGS:
         if saved and key not in free and getattr(args, key) != saved[key]:
-            parser.error(
-                f"--{key.replace('_', '-')} {getattr(args, key)}: the run has {saved[key]}"
-            )
+            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
+            parser.error(f"{flag}: the run has {saved[key]}")
     if args.crop > args.size:
         parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     check(parser, args, states)
@@ -1096,7 +1070,8 @@ def check(parser, args, states):
     if any(state["normal"] is None for state in states):
         parser.error(f"--eval {args.eval}: its training stopped early; finish it with --resume")
     if (args.predict or args.export) and len(states) != 1:
-        parser.error("--predict and --export take one model, --eval CKPT")
+        names = ", ".join(f"{state['name']}.pt" for state in states)
+        parser.error(f"--predict and --export take one model: --eval RUN/FILE.pt, of {names}")
     if args.predict and args.export:
         parser.error("--predict goes without --export")
     if (args.predict or args.save_maps) and not args.out:
@@ -1130,7 +1105,7 @@ def main(argv=None):
         elif args.predict or args.export:
             model = make_model(args, states[0], load_encoder(args.backbone, "none")).to(device)
             if args.export:
-                export(args, model)
+                export(args, states[0], model)
             elif not predict(args, states[0], model, device):
                 sys.exit(1)
         else:
@@ -1141,6 +1116,8 @@ def main(argv=None):
         if not LAUNCHED or os.environ["LOCAL_RANK"] == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; --resume goes on from the last checkpoint, one a minute")
 
 
 if __name__ == "__main__":

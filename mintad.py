@@ -13,7 +13,7 @@ transformer is an implicit neural representation of the image's class.
     python mintad.py --eval RUN --predict photos --out verdicts   # score, verdict, class, picture
 
     f   : B x P x C    features of a frozen backbone, stages 1-4 resized to stage 4 and concatenated
-    f'  : B x P x C    adapter(f), one linear layer; f_ in the code
+    f'  : B x P x C    adapter of the standardised f, one linear layer; f_ in the code
     z   : B x Z        class token of f', the layer before the classification head
     q   : B x P x D    INR(positions, z), the transformer decoder's query; q -> mu, log sigma of f'
     r   : B x P x C    f' reconstructed by the transformer
@@ -24,22 +24,25 @@ transformer is an implicit neural representation of the image's class.
 
 Details of the implementation and where each comes from:
 
- 1. Backbone: levels of reduction 2, 4, 8, 16 (CIFAR-10: 32 too), sampled at the positions of 16
-    with aligned corners. Ours: --pool area takes the mean over each position's cell instead, as
-    sampling reads 4 of the 64 values that a cell of the finest level holds.
- 2. Features are standardised per channel with the training features' mean and deviation: not in
-    the paper, but else the few channels of large scale own every loss. --uniad: raw features.
- 3. Eq. 4 and 5 are likelihoods of the original features, where Eq. 3 starts; nothing is detached
-    (objective; README, "What keeps MINT-AD from collapsing"). --literal: as printed, without floor.
- 4. INR: Table 13 and a linear output layer, 602,368 weights: Table 9's 0.602 M. Its start is ours.
+ 1. Backbone: levels of stride 2, 4, 8, 16 (CIFAR-10: 32 too), sampled at the positions of stride 16
+    with aligned corners. That reads 4 of the 64 values under a position of the finest level; ours,
+    --pool area, takes the mean of all.
+ 2. Features are standardised by the training features' mean and deviation of each channel. The
+    paper does not say so, but without it a few channels of large scale are nearly the whole loss.
+    --uniad takes raw features, as its authors.
+ 3. Eq. 4 and 5 are likelihoods of the original features, where Eq. 3 starts, which adds log|det W|
+    to both; nothing is detached (objective; README, "What keeps MINT-AD from collapsing").
+    --literal leaves the determinants out, as printed. log sigma stays within -5 and 5.
+ 4. INR: Table 13 and a linear output layer, 602,368 weights, which is Table 9's 0.602 M. The paper
+    has no initialisation for it; here SIREN's and Kaiming's.
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder
     layers, learned positions added to queries and keys, jitter on the input tokens.
  6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. An --lr
     above 1e-4 is warmed up to. Ours: --optimizer muon, whose rate falls linearly to zero.
- 7. Ours: --distance mahalanobis measures f' - r by the covariance that it has in the training
-    images of its class, one matrix for each quarter; the classifier of Eq. 1 finds the class.
- 8. Each epoch sets the random state from (seed, epoch, process), so that a checkpoint alone goes on
-    bit for bit.
+ 7. Ours: --distance mahalanobis divides f' - r by its usual size: the covariance over the training
+    images of the class, one for each quarter of the image. Eq. 1's classifier says which class.
+ 8. Each epoch sets the random state from (seed, epoch, process), so that an interrupted run goes on
+    from its checkpoint bit for bit.
 """
 
 import argparse
@@ -70,6 +73,7 @@ import metrics
 
 LAMBDA_CE = 1.0  # Eq. 6
 LAMBDA_PRIOR = 0.1  # Eq. 6
+HEADS = 8  # Table 15
 DROPOUT = 0.1  # UniAD
 JITTER = 20.0  # UniAD
 CLIP = 0.1  # UniAD
@@ -122,7 +126,7 @@ PRESETS = {  # what is not the paper's
         "backbone": "tf_efficientnet_b0",
         "weights": "none",
         "size": 128,
-        "epochs": 10,
+        "epochs": 6,
         "batch_size": 8,
         "lr": 1e-3,
         "holdout": 0.1,
@@ -151,11 +155,11 @@ log = logging.getLogger("mintad")
 class EncoderLayer(nn.Module):
     """Post-norm; positions go to queries and keys, never to values (UniAD, Table 15)."""
 
-    def __init__(self, D, heads, hidden):
+    def __init__(self, D):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(D, heads, DROPOUT, batch_first=True)
-        self.linear1 = nn.Linear(D, hidden)
-        self.linear2 = nn.Linear(hidden, D)
+        self.self_attn = nn.MultiheadAttention(D, HEADS, DROPOUT, batch_first=True)
+        self.linear1 = nn.Linear(D, 4 * D)
+        self.linear2 = nn.Linear(4 * D, D)
         self.norm1 = nn.LayerNorm(D)
         self.norm2 = nn.LayerNorm(D)
         self.dropout = nn.Dropout(DROPOUT)
@@ -171,9 +175,9 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(EncoderLayer):
     """UniAD's: q attends to the encoder memory, the result to the previous layer's output."""
 
-    def __init__(self, D, heads, hidden):
-        super().__init__(D, heads, hidden)
-        self.multihead_attn = nn.MultiheadAttention(D, heads, DROPOUT, batch_first=True)
+    def __init__(self, D):
+        super().__init__(D)
+        self.multihead_attn = nn.MultiheadAttention(D, HEADS, DROPOUT, batch_first=True)
         self.norm3 = nn.LayerNorm(D)
 
     def forward(self, q, memory, previous, pos, mask=None):  # each B x P x D
@@ -189,7 +193,7 @@ class DecoderLayer(EncoderLayer):
 class Transformer(nn.Module):
     """Tokens B x P x C reconstructed from themselves and the decoder's queries (Table 15)."""
 
-    def __init__(self, C, H, W, D=256, heads=8, hidden=1024, layers=4):
+    def __init__(self, C, H, W, D=256, layers=4):
         super().__init__()
         self.input_proj = nn.Linear(C, D)
         self.output_proj = nn.Linear(D, C)
@@ -199,8 +203,8 @@ class Transformer(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
         # As UniAD's, the layers start as copies of one, of which linear layers are then drawn anew.
-        encoder = EncoderLayer(D, heads, hidden)
-        decoder = DecoderLayer(D, heads, hidden)
+        encoder = EncoderLayer(D)
+        decoder = DecoderLayer(D)
         self.encoder = nn.ModuleList(copy.deepcopy(encoder) for _ in range(layers))
         self.decoder = nn.ModuleList(copy.deepcopy(decoder) for _ in range(layers))
         self.norm = nn.LayerNorm(D)
@@ -243,7 +247,7 @@ class FeaturePrompt(nn.Module):
         self.class_encoder = nn.Sequential(  # B x P x C -> B x P x Z
             nn.Linear(C, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, Z), nn.Softmax(-1)
         )
-        self.channel_encoder = nn.Sequential(  # B x P*Z -> B x Z
+        self.channel_encoder = nn.Sequential(  # B x P*Z -> B x Z; Table 12 has P*Z = 8192
             nn.Linear(P * Z, D),
             nn.LeakyReLU(),
             nn.Linear(D, D),
@@ -271,21 +275,21 @@ class FeaturePrompt(nn.Module):
 class INR(nn.Module):
     """Dual-path implicit neural representation (Table 13): p (P x E), z (B x Z) -> B x P x D."""
 
-    def __init__(self, Z=32, E=3, D=256, layers=5, omega=30.0):
+    def __init__(self, Z=32, E=3, D=256):
         super().__init__()
         self.modulation = nn.ModuleList([nn.Linear(Z + E, D)])
         self.synthesis = nn.ModuleList([nn.Linear(E, D)])
-        for _ in range(layers - 1):
+        for _ in range(4):
             self.modulation.append(nn.Linear(D, D))
             self.synthesis.append(nn.Linear(D, D))
         self.output = nn.Linear(D, D)
 
-        # SIREN's initialisation (its Sec. 3.2), omega_0 inside the weights; the linear output keeps
-        # the hidden layers' bound, so that q starts at the scale of a learned query.
+        # SIREN's initialisation (its Sec. 3.2), with omega_0 = 30 inside the weights; the linear
+        # output keeps the hidden layers' bound, so that q starts at the scale of a learned query.
+        bound = math.sqrt(6 / D)
         for layer in [*self.synthesis, self.output]:
-            bound = math.sqrt(6 / D)
             nn.init.uniform_(layer.weight, -bound, bound)
-        nn.init.uniform_(self.synthesis[0].weight, -omega / E, omega / E)
+        nn.init.uniform_(self.synthesis[0].weight, -30 / E, 30 / E)
         # Kaiming's; the first layer's input is p and a softmax, of norm |z| <= 1.
         for layer in self.modulation:
             nn.init.normal_(layer.weight, std=math.sqrt(2 / D))
@@ -296,12 +300,10 @@ class INR(nn.Module):
         B = z.shape[0]
         P = p.shape[0]
         zp = torch.cat([z.unsqueeze(1).expand(B, P, -1), p.expand(B, P, -1)], -1)  # B x P x (Z+E)
-        with torch.autocast(
-            p.device.type, enabled=False
-        ):  # omega is in here: bfloat16 blurs the sine
+        with torch.autocast(p.device.type, enabled=False):  # bfloat16 blurs a sine of omega_0 p
             x = torch.sin(self.synthesis[0](p))  # P x D
-        h = F.relu(self.modulation[0](zp))  # B x P x D
-        x = x * h
+        h = F.relu(self.modulation[0](zp))  # Eq. 9, B x P x D
+        x = x * h  # Eq. 8
         for modulation, synthesis in zip(self.modulation[1:], self.synthesis[1:], strict=True):
             h = F.relu(modulation(h))  # Eq. 9
             x = torch.sin(synthesis(x)) * h  # Eq. 8
@@ -405,14 +407,25 @@ class MINTAD(nn.Module):
         if query == "inr" or prior_loss:
             self.positions = nn.Parameter(torch.randn(P, 3))  # "a learnable embedding", P x E
             self.inr = INR(Z, 3, D)
-        if query == "mlp":  # Sec. 0.B.6; the hidden width of 256 is ours
-            layers = [nn.Linear(Z, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, P * D)]
-            self.mlp = nn.Sequential(*layers, nn.Unflatten(1, (P, D)))
+        if query == "mlp":  # Sec. 0.B.6: "repeated", but its 383.5 M weights are P*D outputs
+            self.mlp = nn.Sequential(
+                nn.Linear(Z, D),
+                nn.ReLU(),
+                nn.Linear(D, D),
+                nn.ReLU(),
+                nn.Linear(D, P * D),
+                nn.Unflatten(1, (P, D)),
+            )
         if query == "learned":  # one for all images
             self.learned = nn.Parameter(torch.randn(P, D))
-        if prior_loss:  # Table 14
-            layers = [nn.Linear(D, D), nn.LeakyReLU(), nn.Linear(D, D), nn.LeakyReLU()]
-            self.distribution = nn.Sequential(*layers, nn.Linear(D, 2 * C))
+        if prior_loss:  # Table 14, whose 512 outputs are 2 x 256; f' has C channels
+            self.distribution = nn.Sequential(
+                nn.Linear(D, D),
+                nn.LeakyReLU(),
+                nn.Linear(D, D),
+                nn.LeakyReLU(),
+                nn.Linear(D, 2 * C),
+            )
 
     def forward(self, f, label=None):
         """f: B x P x C raw, label: B -> f', r; logits: B x K or None; (mu, log sigma) or None."""
@@ -496,9 +509,7 @@ def neighbour_mask(H, W, window=7):
     near_x = (x[:, None] - x).abs() <= window // 2
     mask = near_y & near_x
     if mask.all(1).any():
-        raise data.DataError(
-            f"--size: {H} x {W} positions, of which UniAD's mask hides all: too small"
-        )
+        raise data.DataError(f"--size: UniAD's mask hides all of {H} x {W} positions: too small")
     return mask
 
 
@@ -515,15 +526,15 @@ def objective(model, outputs, label, literal=False):
     shrinks.
     """
     f_, r, logits, gaussian = outputs
-    C = f_.shape[-1]
     mse = F.mse_loss(r, f_)  # Eq. 5
     loss = mse
     logged = {"mse": mse, "std f'": f_.std()}
-    det = 0
+
+    log_det = 0  # per channel
     if isinstance(model.adapter, nn.Linear) and not literal:
-        det = -torch.linalg.slogdet(model.adapter.weight)[1] / C
-        loss = loss + 2 * 0.5**2 * det
-        logged["det"] = det
+        log_det = torch.linalg.slogdet(model.adapter.weight)[1] / f_.shape[-1]
+        loss = loss - 0.5 * log_det  # 2s^2 = 0.5
+        logged["log det"] = log_det
     if logits is not None:
         ce = F.cross_entropy(logits.float(), label)  # Eq. 1
         loss = loss + LAMBDA_CE * ce
@@ -532,7 +543,7 @@ def objective(model, outputs, label, literal=False):
     if gaussian:
         mu, log_sigma = gaussian
         nll = 0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)
-        prior = nll.mean() + det  # Eq. 2 and 4, of the original features by Eq. 3
+        prior = nll.mean() - log_det  # Eq. 2 and 4, of the original features by Eq. 3
         loss = loss + LAMBDA_PRIOR * prior
         logged["prior"] = prior
     return loss, logged
@@ -542,9 +553,10 @@ def objective(model, outputs, label, literal=False):
 
 
 class Detector(nn.Module):
-    """Image B x 3 x S x S in 0..1 (and label B) -> map s: B x S x S, score: B, class: B.
+    """Image B x 3 x S x S in 0..1 -> map s: B x S x S, score: B, class: B.
 
-    The class is the classifier's; without one the label, if the model needs it, or else 0.
+    label, B: the class, if it is known; some variants need it. Else the classifier finds it, and
+    without a classifier it is 0.
     """
 
     def __init__(self, args, classes, backbone, text=None):
@@ -553,7 +565,12 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.size = args.size
         self.distance = args.distance
-        self.score = "mean" if args.data == "cifar10" else "pool" if args.uniad else "max"
+        self.score = "max"
+        if args.data == "cifar10":
+            self.score = "mean"
+        elif args.uniad:
+            self.score = "average"
+
         if args.uniad:
             self.model = UniAD(C, H, W, K, args.query, text)
         else:
@@ -571,23 +588,22 @@ class Detector(nn.Module):
     def forward(self, image, label=None):
         f_, r, logits, _ = self.model(self.backbone(image), label)
         cls = torch.zeros(image.shape[0], dtype=torch.long, device=image.device)
-        if logits is not None:
-            cls = logits.argmax(1)
-        elif self.model.needs_label:
-            cls = label
+        if self.knows_class:
+            cls = logits.argmax(1) if label is None else label
 
         d = f_ - r  # B x P x C
         s = d.norm(dim=-1)  # Eq. 7, B x P
         if self.distance == "mahalanobis":
-            for q in range(4):
-                whitened = d @ self.whitening[cls, q].mT
-                s = torch.where(self.quarter == q, whitened.norm(dim=-1), s)
+            for i in range(4):
+                whitened = d @ self.whitening[cls, i].mT
+                s = torch.where(self.quarter == i, whitened.norm(dim=-1), s)
         s = s.unflatten(1, (1, self.backbone.H, self.backbone.W))  # B x P -> B x 1 x H x W
         aligned = self.backbone.pool == "bilinear"  # each value goes where its features come from
         s = F.interpolate(s, (self.size, self.size), mode="bilinear", align_corners=aligned)
-        if self.score == "mean":
+
+        if self.score == "mean":  # UniAD's for CIFAR-10
             score = s.mean((1, 2, 3))
-        elif self.score == "pool":  # UniAD
+        elif self.score == "average":  # UniAD
             score = F.avg_pool2d(s, 16, stride=1).amax((1, 2, 3))
         else:
             score = s.amax((1, 2, 3))  # Sec. 3.6
@@ -596,15 +612,29 @@ class Detector(nn.Module):
 
 @torch.no_grad()
 def infer(network, images, labels, device):
-    """The outputs network(image, label) of uint8 images N x S x S x 3 and labels N, N rows each."""
+    """The outputs network(image, label) of uint8 images N x S x S x 3 and labels, N or None."""
     outputs = []
     B = 4 if device.type == "cpu" else 32
     for i in range(0, len(images), B):
         image = torch.tensor(images[i : i + B]).to(device)
         image = image.permute(0, 3, 1, 2).float() / 255  # B x S x S x 3 -> B x 3 x S x S
-        found = network(image, labels[i : i + B].to(device))
-        outputs.append([x.cpu() for x in found])
+        label = None
+        if labels is not None:
+            label = labels[i : i + B].to(device)
+        outputs.append([x.cpu() for x in network(image, label)])
     return [torch.cat(x) for x in zip(*outputs, strict=True)]
+
+
+def detect(detector, images, samples, classes, device):
+    """Maps N x S x S and scores N of the samples' images. A classifier is not told the class."""
+    labels = class_index(samples, classes) if detector.model.needs_label else None
+    s, scores, _ = infer(detector, images, labels, device)
+    return s.numpy(), scores.numpy()
+
+
+def class_index(samples, classes):
+    """Index of each sample's class, N; 0 for a class that did not train (CIFAR-10's anomalies)."""
+    return torch.tensor([classes.index(s.cls) if s.cls in classes else 0 for s in samples])
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -659,29 +689,9 @@ def learning_rate(args, step, steps):
     return warm
 
 
-def train(detector, state, args, samples, images, device):
-    """Train on uint8 images N x S x S x 3 of the state's classes, from where the state stopped.
-
-    Leaves checkpoints in args.out; the last one has what --distance and --predict need, too.
-    """
+def train(detector, features, labels, state, args, device):
+    """Train on features N x P x C of labels N, from the epoch at which the state stopped."""
     model = detector.model
-    mine = np.isin([sample.cls for sample in samples], state["classes"])
-    held = data.hold_out(samples, args.holdout)
-    index = np.flatnonzero(mine & ~held)
-    digest = data.digest([samples[i] for i in index])
-    if state["images"] not in (None, digest):
-        raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
-    state["images"] = digest
-
-    # f is extracted once, as nothing augments: N x P x C, in half precision, on the GPU if it fits.
-    labels = class_index([samples[i] for i in index], state["classes"])
-    backbone = detector.backbone
-    (features,) = infer(lambda image, _: [backbone(image).half()], images[index], labels, device)
-    if device.type == "cuda" and features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        features = features.to(device)
-        labels = labels.to(device)
-    if state["epoch"] == 0 and not args.uniad:
-        model.mean, model.std = (x.to(device) for x in channel_statistics(features))
     optimizers = make_optimizers(model, args)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
         optimizer.load_state_dict(saved)
@@ -690,7 +700,7 @@ def train(detector, state, args, samples, images, device):
         parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     N = len(features)
-    steps = math.ceil(N / args.batch_size)
+    steps = math.ceil(N / args.batch_size)  # of an epoch
     saved_at = time.time()
     for epoch in range(state["epoch"], args.epochs):
         start = time.time()
@@ -725,27 +735,15 @@ def train(detector, state, args, samples, images, device):
 
         weights = nn.utils.parameters_to_vector(model.parameters())
         if not weights.isfinite().all():
-            raise data.DataError(
-                f"diverged in epoch {epoch + 1}: lower --lr; the last checkpoint is good"
-            )
+            raise data.DataError(f"diverged in epoch {epoch + 1}: lower --lr")
         text = ", ".join(f"{name} {x:.4f}" for name, x in zip(logged, sums.tolist(), strict=True))
         seconds = time.time() - start
         log.info(f"{state['name']} epoch {epoch + 1}/{args.epochs}: {text}, {seconds:.1f} s")
         state["epoch"] = epoch + 1
-        if time.time() - saved_at > SAVE_EVERY and epoch + 1 < args.epochs:
+        if time.time() - saved_at > SAVE_EVERY:
             save(args, state, detector, optimizers)
             saved_at = time.time()
-
     model.eval()
-    detector.whitening = fit_distance(detector, features, labels, device)
-    seen = np.flatnonzero(mine & held)
-    if len(seen) == 0:
-        seen = index
-    seen = seen[:: math.ceil(len(seen) / 1000)]  # a thousand will do
-    normal = [samples[i] for i in seen]
-    s, scores, _ = infer(detector, images[seen], class_index(normal, state["classes"]), device)
-    state["normal"] = metrics.calibrate(s.numpy(), scores.numpy(), normal)
-    save(args, state, detector, [])
 
 
 @torch.no_grad()
@@ -760,27 +758,57 @@ def fit_distance(detector, features, labels, device):
     C = whitening.shape[-1]
     eye = torch.eye(C, dtype=torch.float64)
     for k in range(len(whitening)):
-        S = torch.zeros(4, C, C, dtype=torch.float64)
-        mine = labels == k if detector.knows_class else labels >= 0
-        N = int(mine.sum())
-        for f, label in zip(features[mine].split(32), labels[mine].split(32), strict=True):
+        cov = torch.zeros(4, C, C, dtype=torch.float64)
+        chosen = labels == k if detector.knows_class else labels >= 0
+        N = int(chosen.sum())
+        for f, label in zip(features[chosen].split(32), labels[chosen].split(32), strict=True):
             f_, r, _, _ = detector.model(f.to(device).float(), label.to(device))
-            for q in range(4):
-                d = (f_ - r)[:, detector.quarter == q].flatten(0, 1).cpu().double()  # B*P/4 x C
-                S[q] += d.T @ d / len(d) * len(f) / N
-        for q in range(4):
-            mixed = (S[q] + S.mean(0)) / 2
-            L = torch.linalg.cholesky(mixed + 0.02 * mixed.diagonal().mean() * eye)
-            whitening[k, q] = torch.linalg.solve_triangular(L, eye, upper=False)
+            for i in range(4):
+                d = (f_ - r)[:, detector.quarter == i].flatten(0, 1)  # B*P/4 x C
+                d = d.cpu().double()
+                cov[i] += d.T @ d / len(d) * len(f) / N
+        for i in range(4):
+            S = (cov[i] + cov.mean(0)) / 2
+            L = torch.linalg.cholesky(S + 0.02 * S.diagonal().mean() * eye)
+            whitening[k, i] = torch.linalg.solve_triangular(L, eye, upper=False)
     return whitening.float().to(device)
 
 
+def fit(detector, state, args, samples, images, device):
+    """Train on the samples of the detector's classes, uint8 images N x S x S x 3; then find what
+    --distance and --predict need. Leaves checkpoints in args.out."""
+    index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
+    held = data.hold_out([samples[i] for i in index], args.holdout)
+    calibration = index[held] if held.any() else index
+    index = index[~held]
+    trained = [samples[i] for i in index]
+    digest = data.digest(trained)
+    if state["digest"] not in (None, digest):
+        raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
+    state["digest"] = digest
+
+    # f is extracted once, as nothing augments: N x P x C, in half precision, on the GPU if it fits.
+    backbone = detector.backbone
+    (features,) = infer(lambda image, _: [backbone(image).half()], images[index], None, device)
+    labels = class_index(trained, state["classes"])
+    if device.type == "cuda" and features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        features = features.to(device)
+        labels = labels.to(device)
+    if state["epoch"] == 0 and not args.uniad:
+        mean, std = channel_statistics(features)
+        detector.model.mean = mean.to(device)
+        detector.model.std = std.to(device)
+    train(detector, features, labels, state, args, device)
+    detector.whitening = fit_distance(detector, features, labels, device)
+
+    calibration = calibration[:: math.ceil(len(calibration) / 1000)]  # a thousand will do
+    normal = [samples[i] for i in calibration]
+    s, scores = detect(detector, images[calibration], normal, state["classes"], device)
+    state["normal"] = metrics.calibrate(s, scores, normal)
+    save(args, state, detector, [])
+
+
 # ------------------------------------------------------------------------- evaluation, and the run
-
-
-def class_index(samples, classes):
-    """Index of each sample's class, N; 0 for a class that did not train (CIFAR-10's anomalies)."""
-    return torch.tensor([classes.index(s.cls) if s.cls in classes else 0 for s in samples])
 
 
 def evaluate(detector, state, args, samples, images, masks, device):
@@ -795,11 +823,11 @@ def evaluate(detector, state, args, samples, images, masks, device):
     for row, index in rows.items():
         mine = [samples[i] for i in index]
         pixels = images[index]
-        s, scores, _ = infer(detector, pixels, class_index(mine, state["classes"]), device)
-        judged = mine, scores.numpy(), s.numpy(), masks[index]
-        results[row] = metrics.evaluate(*judged)
+        s, scores = detect(detector, pixels, mine, state["classes"], device)
+        results[row] = metrics.evaluate(mine, scores, s, masks[index])
         if args.save_maps:
-            metrics.save_maps(Path(args.out, "maps", row), pixels, *judged, state["normal"])
+            folder = Path(args.out, "maps", row)
+            metrics.save_maps(folder, pixels, mine, scores, s, masks[index], state["normal"])
     return results
 
 
@@ -811,6 +839,9 @@ def run(args, states, device):
     test_images = data.decode(test, args.size)
     images = None
     if not states:
+        if args.data in PRESETS:
+            ours = {key: vars(args)[key] for key in PRESETS[args.data]}
+            log.info(f"not the paper's settings but ours for {args.data}: {ours}")
         images = data.decode(train_samples, args.size)
         data.warn_of_copies(train_samples, images, test, test_images)
         groups = [classes] if args.unified else [[cls] for cls in classes]
@@ -823,13 +854,13 @@ def run(args, states, device):
         torch.manual_seed(args.seed)
         detector = make_detector(args, state, backbone).to(device)
         if state["normal"] is None:
-            train(detector, state, args, train_samples, images, device)
+            fit(detector, state, args, train_samples, images, device)
         if RANK == 0:
             results |= evaluate(detector, state, args, test, test_images, masks, device)
     if args.eval and not results:
         raise data.DataError("no test images of the classes that trained (--root, --classes)")
     if RANK == 0:
-        paper = published(args, results)
+        paper = published(args)
         log.info(metrics.table([results], paper))
         if args.out:
             metrics.save_result(args.out, vars(args), results, paper)
@@ -842,7 +873,7 @@ def new_state(args, classes):
         "name": "unified" if args.unified else classes[0].replace("/", "_"),
         "args": vars(args),
         "classes": classes,
-        "images": None,  # their digest
+        "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
         "detector": None,  # its tensors after that epoch
         "optimizers": [],
@@ -865,7 +896,7 @@ def save(args, state, detector, optimizers):
 
 def read_state(path):
     state = data.read_tensors(path)
-    if set(state.get("args", ())) != set(vars(get_parser().parse_args([]))):
+    if set(state.get("args", ())) != {*SETTINGS, *ACTIONS}:
         raise data.DataError(f"{path}: not a checkpoint of this version of mintad.py")
     return state
 
@@ -887,65 +918,63 @@ def make_detector(args, state, backbone):
 
 
 def open_folder(args):
-    """The run's folder, new, empty or the one to resume; its log.txt and args.json."""
+    """The run's folder: new, or of a run that failed at its start, or to resume; log and args."""
     if RANK > 0 or not args.out:
         return
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not args.resume:
-        raise data.DataError(
-            f"--out {folder} holds files; --resume goes on, another --out starts anew"
-        )
+    files = {path.name for path in folder.iterdir()} - {"log.txt", "args.json"}
+    if files and not args.resume:
+        raise data.DataError(f"--out {folder} holds files; name a new folder, or --resume that run")
     log.parent.addHandler(logging.FileHandler(folder / "log.txt", errors="backslashreplace"))
-    settings = json.dumps(vars(args), indent=2)
     if not args.resume:
-        (folder / "args.json").write_text(settings)
-    log.info(f"mintad.py {' '.join(settings.split())}")
-    if args.data in PRESETS and not args.eval:
-        log.info(f"not the paper's settings but ours for {args.data}: {PRESETS[args.data]}")
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
 
 
 # ------------------------------------------------------------------------- the paper's own figures
 
-MVTEC = {  # I-AUROC (Table 1), P-AUPR (Table 10), separate I-AUROC, each of UniAD and MINT-AD, in %
-    "bottle": "99.7 100.0  65.5 66.5  100.0 99.2",
-    "cable": "95.2 93.5  47.9 40.5  97.6 98.6",
-    "capsule": "86.9 95.5  43.8 47.5  85.3 81.0",
-    "hazelnut": "99.8 100.0  55.4 57.2  99.9 100.0",
-    "metal_nut": "99.2 99.3  54.9 61.5  99.0 97.1",
-    "pill": "93.7 95.8  44.5 52.7  88.3 98.3",
-    "screw": "87.5 98.3  29.6 51.2  91.9 97.8",
-    "toothbrush": "94.2 100.0  37.3 38.0  95.0 95.6",
-    "transistor": "99.8 99.8  66.4 65.2  100.0 99.9",
-    "zipper": "95.8 99.1  40.3 58.3  96.7 99.6",
-    "carpet": "99.8 99.9  47.8 55.6  99.9 100.0",
-    "grid": "98.2 100.0  22.6 34.0  98.5 99.9",
-    "leather": "100.0 100.0  33.1 36.9  100.0 100.0",
-    "tile": "99.3 99.2  41.5 41.7  99.0 99.0",
-    "wood": "98.6 99.4  37.2 40.0  97.9 98.9",
-    "mean": "96.5 98.6  44.5 49.8  96.6 97.7",
-}
-VISA = {  # I-AUROC, P-AUPR (Table 2), each of UniAD and MINT-AD, in %
-    "cashew": "92.8 88.2  50.2 28.6",
-    "chewinggum": "99.6 99.9  60.4 62.4",
-    "fryum": "89.8 95.4  47.6 38.7",
-    "pipe_fryum": "97.8 98.2  54.9 47.1",
-    "candle": "96.9 97.5  21.2 27.8",
-    "capsules": "72.1 89.9  51.3 57.9",
-    "macaroni1": "91.8 99.1  8.8 24.0",
-    "macaroni2": "85.6 90.1  3.9 15.8",
-    "pcb1": "95.7 96.5  67.4 78.2",
-    "pcb2": "93.4 96.4  8.9 27.7",
-    "pcb3": "89.4 98.0  14.9 34.0",
-    "pcb4": "99.4 98.8  36.5 30.4",
-    "mean": "92.0 95.7  35.5 39.4",
-}
-CIFAR10 = {  # I-AUROC (Table 7) of UniAD and MINT-AD, in %, by the digits of the normal classes
-    "01234": "84.4 86.7",
-    "56789": "80.9 83.3",
-    "02468": "93.0 93.6",
-    "13579": "90.6 92.6",
-}
+# I-AUROC (Table 1), P-AUPR (Table 10), separate I-AUROC, each of UniAD and MINT-AD, in %
+MVTEC = """
+bottle       99.7 100.0   65.5  66.5  100.0  99.2
+cable        95.2  93.5   47.9  40.5   97.6  98.6
+capsule      86.9  95.5   43.8  47.5   85.3  81.0
+hazelnut     99.8 100.0   55.4  57.2   99.9 100.0
+metal_nut    99.2  99.3   54.9  61.5   99.0  97.1
+pill         93.7  95.8   44.5  52.7   88.3  98.3
+screw        87.5  98.3   29.6  51.2   91.9  97.8
+toothbrush   94.2 100.0   37.3  38.0   95.0  95.6
+transistor   99.8  99.8   66.4  65.2  100.0  99.9
+zipper       95.8  99.1   40.3  58.3   96.7  99.6
+carpet       99.8  99.9   47.8  55.6   99.9 100.0
+grid         98.2 100.0   22.6  34.0   98.5  99.9
+leather     100.0 100.0   33.1  36.9  100.0 100.0
+tile         99.3  99.2   41.5  41.7   99.0  99.0
+wood         98.6  99.4   37.2  40.0   97.9  98.9
+mean         96.5  98.6   44.5  49.8   96.6  97.7
+"""
+# I-AUROC, P-AUPR (Table 2), each of UniAD and MINT-AD, in %
+VISA = """
+cashew       92.8  88.2   50.2  28.6
+chewinggum   99.6  99.9   60.4  62.4
+fryum        89.8  95.4   47.6  38.7
+pipe_fryum   97.8  98.2   54.9  47.1
+candle       96.9  97.5   21.2  27.8
+capsules     72.1  89.9   51.3  57.9
+macaroni1    91.8  99.1    8.8  24.0
+macaroni2    85.6  90.1    3.9  15.8
+pcb1         95.7  96.5   67.4  78.2
+pcb2         93.4  96.4    8.9  27.7
+pcb3         89.4  98.0   14.9  34.0
+pcb4         99.4  98.8   36.5  30.4
+mean         92.0  95.7   35.5  39.4
+"""
+# I-AUROC (Table 7) of UniAD and MINT-AD, in %, by the digits of the normal classes
+CIFAR10 = """
+01234  84.4 86.7
+56789  80.9 83.3
+02468  93.0 93.6
+13579  90.6 92.6
+"""
 TABLES = {  # (set, unified): the table, and where a metric's two columns begin
     ("mvtec", True): (MVTEC, {"i_auroc": 0, "p_aupr": 2}),
     ("mvtec", False): (MVTEC, {"i_auroc": 4}),
@@ -954,20 +983,26 @@ TABLES = {  # (set, unified): the table, and where a metric's two columns begin
 }
 
 
-def published(args, rows):
-    """The paper's figures, {row: {metric: value}}, for its own settings of this set; else {}."""
-    own = ["size", "backbone", "prompt", "adapter", "cls_loss", "prior_loss", "literal"]
-    default = vars(get_parser().parse_args([]))
-    table, columns = TABLES.get((args.data, args.unified), ({}, {}))
-    complete = args.data == "cifar10" or {*table} <= {*rows, "mean"}
-    if args.query not in ("inr", "layerwise") or any(vars(args)[x] != default[x] for x in own):
-        return {}
-    if args.unified and not complete:  # of fewer classes it is another model
+def published(args):
+    """The paper's figures, {row: {metric: value}}, beside its model however trained; else {}."""
+    table, columns = TABLES.get((args.data, args.unified), ("", {}))
+    own = ["size", "backbone", "pool", "query", "prompt", "adapter", "cls_loss", "prior_loss"]
+    own += ["literal", "distance"]
+    if args.unified:
+        own.append("classes")  # of fewer it is another model
+    theirs = vars(get_parser().parse_args([]))
+    if args.uniad:
+        theirs["query"] = "layerwise"
+    if any(vars(args)[key] != theirs[key] for key in own):
         return {}
     result = {}
-    for row in table if complete else set(rows) & set(table):
-        figures = [float(figure) / 100 for figure in table[row].split()]
-        result[row] = {key: figures[i + (not args.uniad)] for key, i in columns.items()}
+    for line in table.split("\n")[1:-1]:
+        row, *figures = line.split()
+        result[row] = {}
+        for key, column in columns.items():
+            result[row][key] = float(figures[column + (not args.uniad)]) / 100
+    if args.classes:
+        result.pop("mean", None)
     return result
 
 
@@ -977,28 +1012,31 @@ def published(args, rows):
 def predict(args, state, detector, device):
     """Score, verdict, class and picture of each image of --predict; True if all could be read."""
     known = state["classes"]
-    names = known if detector.knows_class else [""]
-    label = 0
     classes = known if args.classes == state["args"]["classes"] else args.classes
+    label = None  # the classifier's
     if len(classes) == 1 and classes[0] in known:  # the user says which, or there is one
         label = known.index(classes[0])
-        names = classes * len(known)
     elif detector.model.needs_label or classes != known:
         raise data.DataError(f"--classes: expected one of {', '.join(known)}")
     paths = data.find_images(args.predict)
     open_folder(args)
 
     def judge(pixels):
-        labels = torch.full((len(pixels),), label)
+        labels = None if label is None else torch.full((len(pixels),), label)
         s, scores, cls = infer(detector, pixels, labels, device)
-        return s.numpy(), scores.numpy(), [names[k] for k in cls]
+        names = [known[k] for k in cls]
+        if label is not None:
+            names = [known[label]] * len(pixels)
+        elif not detector.knows_class:
+            names = [""] * len(pixels)
+        return s.numpy(), scores.numpy(), names
 
     batch_size = 4 if device.type == "cpu" else 32
     options = args.quantile, args.out, batch_size, args.size
     return metrics.predict(paths, judge, state["normal"], *options)
 
 
-def export(args, detector):
+def export(args, state, detector):
     """Write the network as a torch.export program, which loads without this project."""
     inputs = [torch.rand(2, 3, args.size, args.size)]
     if detector.model.needs_label:
@@ -1009,37 +1047,40 @@ def export(args, detector):
     with torch.no_grad(), data.written(args.export) as temporary:
         program = torch.export.export(detector.cpu(), tuple(inputs), dynamic_shapes=shapes)
         torch.export.save(program, temporary)
-    log.info(f"{args.export}: image B x 3 x {args.size} x {args.size} in 0..1 -> map, score, class")
+    log.info(f"{args.export}: RGB B x 3 x {args.size} x {args.size} in 0..1 -> map, score, class")
+    for k, cls in enumerate(state["classes"]):
+        log.info(f"class {k}: {cls}, {metrics.threshold(state['normal'][cls], args.quantile)[1]}")
 
 
 def bench(args, device):
     """Table 6: parameters, multiply-adds, seconds per batch; then the whole path of --predict."""
     state = new_state(args, [str(k) for k in range(15)])
     detector = make_detector(args, state, Backbone(args, "none")).to(device).eval()
+    detector.requires_grad_(False)
     log.info(f"{args.backbone}, {args.size} px, {device}, {torch.get_num_threads()} threads")
     for name, part in detector.named_children():
         log.info(f"parameters, {name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M")
-    images = np.random.randint(0, 256, (64, args.size, args.size, 3), np.uint8)
-    labels = torch.arange(64) % 15
-    detector.requires_grad_(False)
+    image = torch.rand(64, 3, args.size, args.size, device=device)
+    label = torch.arange(64, device=device) % 15
     with FlopCounterMode(display=False) as counter:
-        infer(detector, images[:1], labels, device)
+        detector(image[:1], label[:1])
     log.info(f"multiply-adds: {counter.get_total_flops() / 2e9:.2f} G")
     for B in (1, 8, 16, 32, 64):
-        infer(detector, images[:B], labels, device)  # a first time for its memory and kernels
+        detector(image[:B], label[:B])  # a first time for its memory and kernels
         start = time.time()
-        infer(detector, images[:B], labels, device)
+        s, score, _ = (x.cpu() for x in detector(image[:B], label[:B]))
         log.info(f"batch {B}: {time.time() - start:.4f} s")
     log.info("the paper: 9.44 M, 1.13 G; .026 .035 .057 .104 .194 s (UniAD 6.27 M, 0.92 G)")
 
-    samples = [data.Sample("", 0, "0", "0")] * 8
-    s, scores, _ = infer(detector, images[:8], labels, device)
-    state["normal"] = metrics.calibrate(s.numpy(), scores.numpy(), samples)
+    samples = [data.Sample("", 0, "0", "0")] * 64
+    state["normal"] = metrics.calibrate(s.numpy(), score.numpy(), samples)
     with tempfile.TemporaryDirectory() as folder:
-        for i, image in enumerate(images):
-            Image.fromarray(image).resize((1024, 1024)).save(f"{folder}/{i}.jpg")
+        for i in range(64):
+            pixels = np.random.randint(0, 256, (256, 256, 3), np.uint8)
+            Image.fromarray(pixels).resize((1024, 1024)).save(f"{folder}/{i}.jpg")
         args.predict = [folder]
         args.out = f"{folder}/out"
+        args.classes = ["0"]
         start = time.time()
         predict(args, state, detector, device)
         log.info(f"--predict: {64 / (time.time() - start):.1f} images/s, from file to picture")
@@ -1085,8 +1126,9 @@ def parse_args(argv=None):
         states = [read_state(path) for path in paths]
         saved = states[0]["args"]
     elif args.resume:
-        with data.explain(f"--resume needs --out RUN, and finds none in {args.out}"):
-            saved = json.loads(Path(args.out, "args.json").read_text())
+        path = Path(args.out or "", "args.json")
+        with data.explain(f"--resume goes on with the run in --out RUN, but {path}"):
+            saved = json.loads(path.read_text())
     elif not args.bench:
         parser.set_defaults(**PRESETS.get(args.data, {}))
     parser.set_defaults(**{key: saved[key] for key in SETTINGS if saved})
@@ -1099,9 +1141,8 @@ def parse_args(argv=None):
         free += ["classes"] if args.predict else ["classes", "distance"]
     for key in SETTINGS:
         if saved and key not in free and getattr(args, key) != saved[key]:
-            parser.error(
-                f"--{key.replace('_', '-')} {getattr(args, key)}: the run has {saved[key]}"
-            )
+            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
+            parser.error(f"{flag}: the run has {saved[key]}")
     check(parser, args, states)
     if args.prompt != "feature":
         args.cls_loss = False  # no classifier, no Eq. 1
@@ -1124,7 +1165,8 @@ def check(parser, args, states):
     if any(state["normal"] is None for state in states):
         parser.error(f"--eval {args.eval}: its training stopped early; finish it with --resume")
     if (args.predict or args.export) and len(states) != 1:
-        parser.error("--predict and --export take one model, --eval CKPT")
+        names = ", ".join(f"{state['name']}.pt" for state in states)
+        parser.error(f"--predict and --export take one model: --eval RUN/FILE.pt, of {names}")
     if args.predict and args.export:
         parser.error("--predict goes without --export")
     if (args.predict or args.save_maps) and not args.out:
@@ -1171,7 +1213,7 @@ def main(argv=None):
         elif args.predict or args.export:
             detector = make_detector(args, states[0], Backbone(args, "none")).to(device).eval()
             if args.export:
-                export(args, detector)
+                export(args, states[0], detector)
             elif not predict(args, states[0], detector, device):
                 sys.exit(1)
         else:
@@ -1182,6 +1224,8 @@ def main(argv=None):
         if not LAUNCHED or os.environ["LOCAL_RANK"] == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; --resume goes on from the last checkpoint, one a minute")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ REFUSED = [  # a command line, and what the line on stderr must name
     ("--device nonsense", "--device"),
     ("--device cuda:99", "--device"),
     ("--backbone nonsense", "nonsense"),
-    ("--backbone vit_tiny_patch16_224", "strides"),
+    ("--backbone vit_tiny_patch16_224", "vit_tiny_patch16_224"),
     ("--weights nowhere.pth", "nowhere.pth"),
     ("--out photos", "photos"),
     ("--predict photos", "--eval"),
@@ -293,7 +293,7 @@ def test_an_exported_program_gives_the_same_table(script, metric, exported, phot
     for cls, row in table.items():
         i = np.flatnonzero([sample.cls == cls for sample in samples])
         found = metrics.evaluate([samples[k] for k in i], scores[i], maps[i], masks[i])
-        assert found[metric] == pytest.approx(row[metric], abs=1e-4)
+        assert found[metric] == pytest.approx(row[metric], abs=1e-3)
 
 
 def test_the_exported_program_of_mintad_finds_the_class(exported):

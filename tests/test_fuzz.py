@@ -20,12 +20,6 @@ IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 NAMES = ["good", "Good", "crack", "lot1", "test", "train", "ground_truth", "masks", "ok", ".git"]
 
 
-def files_of(root):
-    """All files below a class, found without data.py: hidden ones are none of the user's data."""
-    paths = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
-    return [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-
-
 def mangle(root, rng):
     """Renames, moves, copies or deletes a file or a folder."""
     path = rng.choice(
@@ -44,9 +38,8 @@ def mangle(root, rng):
         path.rename(target)
 
 
-@pytest.fixture
-def mangled(tmp_path, seed, caplog):
-    """The class, what is used of it by path (its label, or "mask"), and how many files are not."""
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_file_of_a_mangled_tree_is_used_as_its_folders_say_or_counted(tmp_path, seed, caplog):
     root = trees.mvtec(tmp_path, ["pill"]) / "pill"
     rng = random.Random(seed)
     for _ in range(rng.randint(1, 4)):
@@ -55,32 +48,24 @@ def mangled(tmp_path, seed, caplog):
         _, train, test = data.load("folder", tmp_path)
     except data.DataError as error:
         assert len(str(error).splitlines()) == 1
-        return None
-    used = {Path(s.mask).relative_to(root): "mask" for s in test if s.mask}
-    used |= {Path(s.image).relative_to(root): ("train", s.label) for s in train}
+        return
+
+    files = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    expected = {}
+    for path in files:
+        if path.suffix.lower() in IMAGES and path.parts[:2] == ("train", "good"):
+            expected[path] = "train", 0
+        elif path.suffix.lower() in IMAGES and path.parts[0] == "test" and len(path.parts) > 2:
+            expected[path] = "test", int(path.parts[1] != "good")
+    used = {Path(s.image).relative_to(root): ("train", s.label) for s in train}
     used |= {Path(s.image).relative_to(root): ("test", s.label) for s in test}
+    assert used == expected
+
+    masks = {s.mask for s in test if s.mask}
     told = re.findall(r"not used: .*?(?: and (\d+) more)?$", caplog.text, re.MULTILINE)
-    return root, used, sum(1 + int(more or 0) for more in told)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_every_file_of_a_mangled_tree_is_used_or_counted(mangled):
-    if mangled:
-        root, used, unused = mangled
-        assert len(files_of(root)) == len(used) + unused
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_folders_of_a_mangled_tree_decide_what_is_used_as_what(mangled):
-    if mangled:
-        root, used, _ = mangled
-        expected = {}
-        for path in files_of(root):
-            if path.suffix.lower() in IMAGES and path.parts[:2] == ("train", "good"):
-                expected[path] = "train", 0
-            elif path.suffix.lower() in IMAGES and path.parts[0] == "test" and len(path.parts) > 2:
-                expected[path] = "test", int(path.parts[1] != "good")
-        assert {path: kind for path, kind in used.items() if kind != "mask"} == expected
+    unused = sum(1 + int(more or 0) for more in told)
+    assert len(files) == len(used) + len(masks) + unused
 
 
 def damaged(content, rng):

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import re
+import runpy
+import sys
 import time
 from pathlib import Path
 
@@ -36,7 +38,9 @@ def brute_force_aupro(maps, masks, limit):
     return np.trapezoid([*overlap[:last], end], [*rate[:last], limit]) / limit
 
 
-def random_case(seed):
+@pytest.mark.parametrize("limit", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("seed", range(40))
+def test_pixel_metrics_are_those_of_scikit_learn_and_of_all_thresholds(seed, limit):
     """Maps of 1 to 4 images, every second with few levels and many ties; masks of any density."""
     rng = np.random.default_rng(seed)
     shape = rng.integers((1, 2, 2), (5, 10, 10))
@@ -45,47 +49,19 @@ def random_case(seed):
     maps = rng.normal(size=shape) + masks * rng.choice([-1, 0, 1, 2])
     if seed % 2:
         maps = np.round(maps * rng.choice([0.5, 1, 3]))
-    return maps.astype(rng.choice([np.float32, np.float64])), masks
-
-
-@pytest.mark.parametrize("limit", [0.01, 0.3, 1.0])
-@pytest.mark.parametrize("seed", range(40))
-def test_aupro_is_that_of_all_thresholds(seed, limit):
-    maps, masks = random_case(seed)
-    expected = brute_force_aupro(maps, masks, limit)
-    assert metrics.pixel_metrics(maps, masks, limit)["aupro"] == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("key", ["p_auroc", "p_aupr"])
-@pytest.mark.parametrize("seed", range(40))
-def test_pixel_metrics_are_scikit_learns(seed, key):
-    maps, masks = random_case(seed)
-    theirs = {"p_auroc": roc_auc_score, "p_aupr": average_precision_score}[key]
-    expected = theirs(masks.ravel(), maps.ravel())
-    assert metrics.pixel_metrics(maps, masks)[key] == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_a_monotone_transform_changes_nothing(seed):
-    maps, masks = random_case(seed)
-    ranks = np.unique(maps, return_inverse=True)[1].reshape(maps.shape)
-    assert metrics.pixel_metrics(ranks**3 - 50.0, masks) == metrics.pixel_metrics(maps, masks)
+    maps = maps.astype(rng.choice([np.float32, np.float64]))
+    expected = {
+        "p_auroc": roc_auc_score(masks.ravel(), maps.ravel()),
+        "p_aupr": average_precision_score(masks.ravel(), maps.ravel()),
+        "aupro": brute_force_aupro(maps, masks, limit),
+    }
+    assert metrics.pixel_metrics(maps, masks, limit) == pytest.approx(expected, abs=1e-9)
 
 
 def test_aupro_is_integrated_up_to_a_false_positive_rate_of_0_3():
     masks = np.arange(11)[None, None] == 0
     # All tie: one ramp from (0, 0) to (1, 1), of area 0.3 * 0.3 / 2 below the limit.
     assert metrics.pixel_metrics(np.zeros((1, 1, 11)), masks)["aupro"] == pytest.approx(0.15)
-
-
-def test_regions_weigh_the_same_touch_at_corners_and_end_with_their_image():
-    maps, masks = np.zeros((2, 4, 8)), np.zeros((2, 4, 8), bool)
-    masks[0, 0, 0] = masks[0, 1, 1] = True  # touch at a corner: one region, half of it found
-    masks[0, 3, 3:] = True  # five pixels, none found
-    masks[1, 0, 0] = True  # lies where the image before has a region, but is its own: found
-    maps[masks] = -1
-    maps[:, 0, 0] = 1
-    assert metrics.pixel_metrics(maps, masks)["aupro"] == pytest.approx((0.5 + 0 + 1) / 3)
 
 
 @pytest.mark.parametrize("masks", [np.zeros((2, 3, 3)), np.ones((2, 3, 3)), np.zeros((0, 3, 3))])
@@ -102,27 +78,21 @@ def row_of_the_table():
     return samples, rng.random(8), rng.random((8, 6, 6)) + 0.4 * masks, masks
 
 
-def test_a_row_has_the_auroc_of_its_images_and_the_metrics_of_its_pixels():
+@pytest.mark.parametrize("mask", ["m", None])
+def test_a_row_has_the_metrics_of_its_images_and_pixels_unless_a_mask_is_unknown(mask):
     samples, scores, maps, masks = row_of_the_table()
-    expected = {"i_auroc": roc_auc_score([0] * 4 + [1] * 4, scores)}
-    expected |= metrics.pixel_metrics(maps, masks)
-    assert metrics.evaluate(samples, scores, maps, masks) == pytest.approx(expected)
-
-
-def test_a_row_with_an_unknown_mask_is_judged_by_its_images_only():
-    samples, scores, maps, masks = row_of_the_table()
-    samples[5] = samples[5]._replace(mask=None)
-    expected = {"i_auroc": roc_auc_score([0] * 4 + [1] * 4, scores), **UNDEFINED}
+    samples[5] = samples[5]._replace(mask=mask)
+    expected = metrics.pixel_metrics(maps, masks) if mask else UNDEFINED
+    expected |= {"i_auroc": roc_auc_score([0] * 4 + [1] * 4, scores)}
     assert metrics.evaluate(samples, scores, maps, masks) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("half", [slice(0, 4), slice(4, 8)])
-def test_a_row_of_good_or_defective_images_only_has_no_auroc_of_its_images(half):
-    assert math.isnan(metrics.evaluate(*(part[half] for part in row_of_the_table()))["i_auroc"])
+def test_a_row_of_good_images_only_has_no_auroc_of_its_images():
+    assert math.isnan(metrics.evaluate(*(part[:4] for part in row_of_the_table()))["i_auroc"])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("which", ["score", "map"])
 def test_a_score_or_map_that_is_not_finite_names_the_image(which, value):
     samples, scores, maps, masks = row_of_the_table()
@@ -145,29 +115,20 @@ def cells(runs, paper=None):
     return [re.split("  +", line) for line in metrics.table(runs, paper or {}).splitlines()]
 
 
-def test_the_table_has_a_row_per_class_and_their_mean():
-    assert cells([result(bottle=0.98765, cifar=0.4)]) == [
-        ["class", "I-AUROC", "P-AUROC", "P-AUPR", "AUPRO"],
-        ["bottle", "0.988", "0.888", "0.788", "0.688"],
-        ["cifar", "0.400", "-", "-", "-"],
-        ["mean", "0.694", "0.888", "0.788", "0.688"],
-    ]
-
-
-def test_the_papers_figures_stand_beside_ours():
+def test_the_table_has_a_row_per_class_their_mean_and_the_papers_figures_beside_ours():
     paper = {"bottle": {"i_auroc": 1.0}, "mean": {"aupro": 0.5}, "other": {"p_aupr": 0.3}}
-    assert cells([result(bottle=0.9)], paper) == [
+    assert cells([result(bottle=0.98765, cifar=0.4)], paper) == [
         ["class", "I-AUROC", "paper", "P-AUROC", "P-AUPR", "AUPRO", "paper"],
-        ["bottle", "0.900", "1.000", "0.800", "0.700", "0.600", "-"],
-        ["mean", "0.900", "-", "0.800", "0.700", "0.600", "0.500"],
+        ["bottle", "0.988", "1.000", "0.888", "0.788", "0.688", "-"],
+        ["cifar", "0.400", "-", "-", "-", "-", "-"],
+        ["mean", "0.694", "-", "0.888", "0.788", "0.688", "0.500"],
     ]
 
 
 def test_several_runs_have_mean_and_deviation():
-    assert cells([result(bottle=0.9, cifar=0.4), result(bottle=0.8, cifar=0.4)])[1:] == [
+    assert cells([result(bottle=0.9, cifar=0.4), result(bottle=0.8, cifar=0.4)])[1:3] == [
         ["bottle", "0.850 ± 0.071", "0.750 ± 0.071", "0.650 ± 0.071", "0.550 ± 0.071"],
         ["cifar", "0.400 ± 0.000", "-", "-", "-"],
-        ["mean", "0.625 ± 0.035", "0.750 ± 0.071", "0.650 ± 0.071", "0.550 ± 0.071"],
     ]
 
 
@@ -181,7 +142,7 @@ ARGS = {"data": "toy", "out": Path("runs/x"), "lr": 1e-4}
 PAPER = {"mean": {"aupro": 0.9}}
 
 
-def test_metrics_json_has_arguments_rows_mean_and_paper_and_null_for_what_is_undefined(tmp_path):
+def test_metrics_json_has_all_with_null_for_undefined_and_is_printed_again(tmp_path, capsys):
     metrics.save_result(tmp_path, ARGS, result(a=1 / 3), PAPER)
     row = {"i_auroc": 1 / 3, "p_auroc": None, "p_aupr": None, "aupro": None}
     assert json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail) == {
@@ -190,12 +151,8 @@ def test_metrics_json_has_arguments_rows_mean_and_paper_and_null_for_what_is_und
         "mean": row,
         "paper": PAPER,
     }
-
-
-def test_a_finished_runs_table_is_printed_again(tmp_path, capsys):
-    metrics.save_result(tmp_path, ARGS, result(a=0.9, b=0.4), PAPER)
     metrics.main([tmp_path])
-    assert capsys.readouterr().out == metrics.table([result(a=0.9, b=0.4)], PAPER) + "\n"
+    assert capsys.readouterr().out == metrics.table([result(a=1 / 3)], PAPER) + "\n"
 
 
 @pytest.mark.parametrize("other", ["has other classes", "is not finished"])
@@ -208,6 +165,15 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, other):
         metrics.main([tmp_path / "first", tmp_path / "second"])
 
 
+@pytest.mark.parametrize("flags, status", [(["--help"], 0), ([], 2)])
+def test_metrics_py_has_a_help_and_wants_a_run(monkeypatch, capsys, flags, status):
+    monkeypatch.setattr(sys, "argv", ["metrics.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(metrics.__file__, run_name="__main__")
+    assert end.value.code == status
+    assert "usage" in "".join(capsys.readouterr())
+
+
 # ----------------------------------------------------------------------------------------- pictures
 
 
@@ -217,31 +183,22 @@ def test_brighter_heat_is_more_anomalous():
     assert np.diff(brightness).min() > 0
 
 
-def save_maps(folder, *names):
-    """Strips of images test/NAME, the later the higher their score; their paths, sorted."""
+def test_strips_are_named_by_rank_and_show_the_image_and_its_mask(tmp_path):
+    names = "good/a.png", "crack/c.png", "crack/b.JPG", f"good/{'長' * 80}/{'長' * 80}.png"
     samples = [data.Sample(f"test/{name}", "good" not in name, "c", "c") for name in names]
-    scores, maps = np.arange(len(names)), np.random.default_rng(0).random((len(names), 32, 32))
-    images = np.stack([np.full((32, 32, 3), 10 * i, np.uint8) for i in range(len(names))])
-    masks = np.stack([trees.SQUARE] * len(names))
-    normal = metrics.calibrate(maps, scores, samples)
-    metrics.save_maps(folder / "maps", images, samples, scores, maps, masks, normal)
-    return sorted((folder / "maps").iterdir())
-
-
-def test_sorted_by_name_the_strip_of_the_highest_score_comes_first(tmp_path):
-    paths = save_maps(tmp_path, "good/a.png", "crack/c.png", "crack/b.png")
-    names = [re.search("[a-z].*[a-c]", path.stem)[0] for path in paths]
-    assert names == ["defective-crack-b", "defective-crack-c", "good-good-a"]
-
-
-def test_a_strip_shows_the_image_then_its_mask(tmp_path):
-    strip = np.asarray(Image.open(save_maps(tmp_path, "good/a.png", "crack/b.png")[0]))[:32, :64, 0]
-    expected = np.hstack([np.full((32, 32), 10), trees.SQUARE * 255])
-    np.testing.assert_array_equal(strip, expected)
-
-
-def test_a_strip_of_a_long_name_can_be_written(tmp_path):
-    assert len(save_maps(tmp_path, f"{'長' * 80}/{'長' * 80}.png")) == 1
+    images = np.stack([np.full((32, 32, 3), 10 * i, np.uint8) for i in range(4)])
+    masks, maps = np.stack([trees.SQUARE] * 4), np.random.default_rng(0).random((4, 32, 32))
+    normal = metrics.calibrate(maps, np.arange(4), samples)
+    scores = np.array([1, 2, 3, 0])  # the highest comes first
+    metrics.save_maps(tmp_path / "maps", images, samples, scores, maps, masks, normal)
+    first, *paths = sorted((tmp_path / "maps").iterdir())
+    assert first.name == "0000-defective-crack-b.png"
+    assert [path.name for path in paths[:2]] == [
+        "0001-defective-crack-c.png",
+        "0002-good-good-a.png",
+    ]
+    expected = np.hstack([np.full((32, 32), 20), trees.SQUARE * 255])
+    np.testing.assert_array_equal(np.asarray(Image.open(first))[:32, :64, 0], expected)
 
 
 # ------------------------------------------------------------------------------- verdicts on images
@@ -259,18 +216,41 @@ def test_each_class_and_all_together_are_calibrated():
     assert metrics.calibrate(maps, scores, samples) == expected
 
 
-def test_the_threshold_is_the_quantile_of_normal_scores():
-    assert metrics.threshold({"scores": list(range(101))}, 0.9)[0] == pytest.approx(90)
+@pytest.mark.parametrize("quantile, limit, above", [(1.0, 20, 0), (0.9, 18, 2)])
+def test_the_threshold_is_a_quantile_with_clopper_and_pearsons_bound(quantile, limit, above):
+    found, text = metrics.threshold({"scores": list(range(21))}, quantile)
+    most = 100 * stats.beta.ppf(0.95, above + 1, 21 - above)
+    assert found == pytest.approx(limit)
+    assert f"{limit} " in text and f"{most:.1f} %" in text
 
 
-@pytest.mark.parametrize("quantile, above", [(1.0, 0), (0.9, 2)])
-def test_the_threshold_comes_with_clopper_and_pearsons_bound(quantile, above):
-    _, line = metrics.threshold({"scores": list(range(20))}, quantile)
-    assert f"{stats.beta.ppf(0.95, above + 1, 20 - above):.1%}" in line
+def scores_of(**counts):
+    return {cls.strip("_"): {"scores": list(range(n)), **SCALE} for cls, n in counts.items()}
 
 
-NORMAL = {"": {"scores": [0.5], "low": 0.0, "peak": 0.5, "high": 1.0}}
-NORMAL["a"] = NORMAL[""] | {"scores": [0.25]}
+SCALE = {"low": 0.0, "peak": 0.5, "high": 1.0}
+LIMITS = [
+    (scores_of(_=30, a=15, b=15), "a b all classes"),
+    (scores_of(_=30, a=30), "a"),
+    (scores_of(_=30), "all classes"),
+]
+
+
+@pytest.mark.parametrize("normal, named", LIMITS)
+def test_every_limit_that_can_be_used_is_logged_by_name(caplog, normal, named):
+    caplog.set_level("INFO")
+    assert set(metrics.thresholds(normal, 0.9)) == set(normal)
+    found = re.findall("^limit for (.*): ", "\n".join(caplog.messages), re.MULTILINE)
+    assert sorted(" ".join(found).split()) == sorted(named.split())
+
+
+@pytest.mark.parametrize("count, quantile, few", [(9, 0.9, 1), (10, 0.9, 0), (99, 0.99, 1)])
+def test_a_limit_that_few_images_decide_is_warned_of(caplog, count, quantile, few):
+    metrics.thresholds(scores_of(_=count + 1, a=count), quantile)
+    assert len(re.findall("warning.* a.*--holdout", caplog.text)) == few
+
+
+NORMAL = {"": SCALE | {"scores": [0.5]}, "a": SCALE | {"scores": [0.25]}}
 
 
 def brightness(images):
@@ -297,11 +277,11 @@ def photos(tmp_path):
     return paths
 
 
-def test_every_file_has_a_row_in_the_given_order(tmp_path, photos, monkeypatch):
+def test_every_file_has_a_row_in_the_given_order(tmp_path, photos, monkeypatch, caplog):
     read = data.read_image
     slow = {photos[4]: 0.2}
     monkeypatch.setattr(data, "read_image", lambda x: time.sleep(slow.get(x, 0)) or read(x))
-    _, rows = predict(tmp_path / "out", photos[::-1])
+    complete, rows = predict(tmp_path / "out", photos[::-1])
     keys = "file", "score", "verdict", "class", "threshold"
     assert [tuple(row[key] for key in keys) for row in rows] == [
         (photos[4], "0.8", "defective", "", "0.5"),
@@ -310,32 +290,24 @@ def test_every_file_has_a_row_in_the_given_order(tmp_path, photos, monkeypatch):
         (photos[1], "", "unreadable", "", ""),
         (photos[0], "0", "good", "a", "0.25"),
     ]
-
-
-def test_a_score_at_the_threshold_is_good(tmp_path, photos):
-    normal = {"": NORMAL[""] | {"scores": [0.0]}}
-    _, rows = predict(tmp_path / "out", photos[:1], normal=normal)
-    assert rows[0]["verdict"] == "good"
-
-
-def test_an_unreadable_file_is_named(tmp_path, photos, caplog):
-    predict(tmp_path / "out", photos)
+    assert not complete
     assert photos[1] in caplog.text
 
 
-@pytest.mark.parametrize("step, expected", [(1, False), (2, True)])
-def test_it_is_told_whether_all_files_could_be_read(tmp_path, photos, step, expected):
-    assert predict(tmp_path / "out", photos[::step])[0] is expected
-
-
-def test_a_map_that_is_not_finite_has_no_verdict(tmp_path, photos):
-    _, rows = predict(tmp_path / "out", photos[:1], lambda x: (x.mean(-1) * NAN, [0.1], ["a"]))
+def test_a_score_at_the_threshold_is_good_and_a_map_that_is_not_finite_has_no_verdict(
+    tmp_path, photos
+):
+    normal = {"": NORMAL[""] | {"scores": [0.0]}}
+    _, rows = predict(tmp_path / "a", photos[:1], normal=normal)
+    assert rows[0]["verdict"] == "good"
+    _, rows = predict(tmp_path / "b", photos[:1], lambda x: (x.mean(-1) * NAN, [0.1], ["a"]))
     assert (rows[0]["verdict"], rows[0]["score"]) == ("failed", "")
 
 
 def test_every_row_names_its_own_picture(tmp_path, photos):
-    _, rows = predict(tmp_path / "out", photos[::2] * 2)
+    complete, rows = predict(tmp_path / "out", photos[::2] * 2)
     pictures = [path.name for path in sorted((tmp_path / "out").glob("*.png"))]
+    assert complete
     assert [row["picture"] for row in rows] == pictures
 
 
@@ -350,8 +322,9 @@ def test_the_centre_crop_is_what_is_judged(tmp_path):
 
 
 def test_a_few_batches_at_most_are_in_memory(tmp_path, photos, monkeypatch):
-    image, opened, drawn, ahead = Image.open(photos[0]).convert("RGB"), [], [], []
-    monkeypatch.setattr(data, "read_image", lambda path: opened.append(1) or (image, False))
+    opened, drawn, ahead = [], [], []
+    image = Image.open(photos[0]).convert("RGB")
+    monkeypatch.setattr(data, "read_image", lambda path: opened.append(1) or (image.copy(), False))
 
     def draw_slowly(*_):
         time.sleep(0.002)

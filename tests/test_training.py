@@ -25,7 +25,7 @@ def result(folder):
 
 def checkpoint(path):
     """The tensors of a checkpoint, which the two scripts name differently."""
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     return state["model"] if "model" in state else state["detector"]
 
 
@@ -55,10 +55,6 @@ def test_the_toy_set_is_learned(name, toy_run):
 def test_muon_is_not_behind_adamw(toy_run):
     muon, adamw = (result(toy_run(name))["mean"]["i_auroc"] for name in ("muon", "mintad"))
     assert muon >= adamw - 0.01
-
-
-def test_minimaxad_reaches_965_on_the_toy_set(minimaxad_run):
-    assert round(result(minimaxad_run)["mean"]["i_auroc"], 3) == 0.965
 
 
 # ------------------------------------------------------------------------------ files of a run

@@ -30,19 +30,17 @@ def mask(path, value=255):
 def mvtec(
     root,
     classes=("bottle", "screw"),
-    train=3,
-    good=2,
+    counts=(3, 2, 2),
     defects=("crack", "hole"),
-    per_defect=2,
     suffix=".png",
     mask_name="{}_mask.png",
-    good_name="good",
+    good="good",
 ):
-    """mask_name: of an image's stem; None: no masks. No two images are the same."""
+    """counts: to train, good, of each defect. mask_name: of an image's stem; None: no masks."""
+    folders = {f"train/{good}": counts[0], f"test/{good}": counts[1]}
+    folders |= {f"test/{defect}": counts[2] for defect in defects}
     for c, cls in enumerate(classes):
-        counts = {f"train/{good_name}": train, f"test/{good_name}": good}
-        counts |= {f"test/{defect}": per_defect for defect in defects}
-        for f, (folder, count) in enumerate(counts.items()):
+        for f, (folder, count) in enumerate(folders.items()):
             for i in range(count):
                 image(Path(root, cls, folder, f"{i:03d}{suffix}"), 1000 * c + 100 * f + i)
                 if mask_name and f > 1:
@@ -69,7 +67,7 @@ def visa_raw(root, classes=("candle", "pcb1")):
 
 def btad(root):
     for cls, suffix, mask in ("01", "bmp", "png"), ("02", "png", "png"), ("03", "bmp", "bmp"):
-        mvtec(root, [cls], 3, 2, ["ko"], 2, f".{suffix}", f"{{}}.{mask}", "ok")
+        mvtec(root, [cls], (3, 2, 2), ["ko"], f".{suffix}", f"{{}}.{mask}", "ok")
     return Path(root)
 
 
@@ -87,8 +85,6 @@ def aebad(root):
 
 def cifar10(root, monkeypatch):
     """Batches of 20 images, two of each class in turn, whose MD5 torchvision is told."""
-    base = Path(root, "cifar-10-batches-py")
-    base.mkdir(parents=True)
     rng = np.random.default_rng(0)
     content = {"batches.meta": {"label_names": [str(i) for i in range(10)]}}
     for name in *(f"data_batch_{i}" for i in range(1, 6)), "test_batch":
@@ -96,8 +92,10 @@ def cifar10(root, monkeypatch):
         content[name] = {"labels": list(range(10)) * 2, "data": pixels}
     sums = []
     for name, values in content.items():
-        (base / name).write_bytes(pickle.dumps(values))
-        sums.append([name, hashlib.md5((base / name).read_bytes()).hexdigest()])
+        path = Path(root, "cifar-10-batches-py", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(values))
+        sums.append([name, hashlib.md5(path.read_bytes()).hexdigest()])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums[0][1]})
     monkeypatch.setattr(CIFAR10, "train_list", sums[1:6])
     monkeypatch.setattr(CIFAR10, "test_list", sums[6:])
