@@ -195,8 +195,8 @@ def toy_image(cls, kind, seed):
     mask, grey = defects[kind]
     image[mask] = grey
     image = image * rng.uniform(0.97, 1.03) + rng.normal(0, 3, x.shape)
-    tint = np.roll((1, 0.9, 0.8), TOY.index(cls))
-    return (image[..., None] * tint).clip(0, 255).astype(np.uint8), mask
+    image = image[..., None] * np.roll((1, 0.9, 0.8), TOY.index(cls))
+    return image.clip(0, 255).astype(np.uint8), mask
 
 
 TOY = ["weave", "granite", "pill", "flange"]
@@ -394,8 +394,10 @@ def opened(path):
 def read_image(path):
     """A file as an upright RGB image, alpha dropped; whether it has transparent pixels."""
     with opened(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGBA")
-        transparent = image.getchannel("A").getextrema()[0] < 255
+        image = ImageOps.exif_transpose(file)
+        transparent = False
+        if image.has_transparency_data:
+            transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
         return image.convert("RGB"), transparent
 
 
@@ -474,7 +476,7 @@ def decode(samples, size, crop=None, cache="cache"):
 def fingerprint(sample):
     """What changes when an image does."""
     if sample.pixels is not None:
-        return hashlib.sha256(sample.pixels.tobytes()).hexdigest()
+        return hashlib.sha256(sample.pixels).hexdigest()
     found = os.stat(sample.image)
     return sample.image, found.st_size, found.st_mtime_ns
 
@@ -566,8 +568,7 @@ def written(path):
             yield temporary
             os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path):

@@ -202,21 +202,19 @@ def main(folders):
 # Lightness (CIELAB L*) rises evenly: brighter always means more anomalous.
 RAMP = [
     (18, 22, 58),
-    (44, 46, 112),
     (120, 64, 150),
-    (198, 84, 132),
     (242, 128, 90),
-    (252, 188, 86),
     (252, 242, 170),
 ]
+HEAT = Image.fromarray(np.uint8([RAMP])).resize((256, 1), Image.Resampling.BILINEAR)
 
 
 def overlay(image, s, low, high):
     """uint8 H x W x 3: the map s, H x W, as heat over the grey image."""
-    anchors = np.linspace(low, high, len(RAMP))
-    heat = np.stack([np.interp(s, anchors, channel) for channel in zip(*RAMP, strict=True)], -1)
-    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
-    return (0.55 * grey + 0.45 * heat).astype(np.uint8)
+    level = np.interp(s, (low, high), (0, 255)).astype(np.uint8)
+    heat = Image.fromarray(np.asarray(HEAT)[0, level])
+    grey = Image.fromarray(image).convert("L").convert("RGB")
+    return np.array(Image.blend(grey, heat, 0.45))
 
 
 def shorten(name):
@@ -225,14 +223,14 @@ def shorten(name):
 
 
 def save_strip(path, pictures, text):
-    """A PNG of pictures of one size, uint8 H x W x 3, side by side above a line of text."""
+    """A JPEG of pictures of one size, uint8 H x W x 3, side by side above a line of text."""
     strip = Image.fromarray(np.hstack(pictures))
     canvas = Image.new("RGB", (max(strip.width, 400), strip.height + 20), "white")
     canvas.paste(strip)
     font = ImageFont.load_default(13)
     ImageDraw.Draw(canvas).text((4, strip.height + 2), " ".join(text.split()), "black", font)
     with data.written(path) as temporary:
-        canvas.save(temporary, "PNG", compress_level=1)
+        canvas.save(temporary, "JPEG", quality=90)
 
 
 def save_maps(folder, images, samples, scores, maps, masks, normal):
@@ -249,7 +247,7 @@ def save_maps(folder, images, samples, scores, maps, masks, normal):
         kind = ["good", "defective"][sample.label]
         name = f"{rank:04d}-{kind}-{'-'.join(Path(sample.image).with_suffix('').parts[-2:])}"
         text = f"{scores[i]:.4g} {kind} {sample.image}"
-        save_strip(folder / f"{shorten(name)}.png", [images[i], mask, heat], text)
+        save_strip(folder / f"{shorten(name)}.jpg", [images[i], mask, heat], text)
 
 
 # ------------------------------------------------------------------------------- verdicts on images
@@ -312,7 +310,7 @@ def read_photo(path, size, crop):
     pixels = data.resized(image, size, crop, Image.Resampling.BILINEAR)
     if crop:
         image = Image.fromarray(pixels)
-    image.thumbnail((512, 512))
+    image.thumbnail((512, 512), Image.Resampling.BILINEAR)
     return path, pixels, np.asarray(image)
 
 
@@ -334,7 +332,7 @@ def draw_verdict(numbered, normal, limits, folder):
 
     limit = limits.get(cls, limits[""])
     verdict = "defective" if score > limit else "good"
-    picture = f"{i:05d}-{verdict}-{shorten(Path(path).stem)}.png"
+    picture = f"{i:05d}-{verdict}-{shorten(Path(path).stem)}.jpg"
     text = f"{verdict} {score:.4g} (threshold {limit:.4g}) {cls} {Path(path).name}"
 
     scale = normal.get(cls, normal[""])

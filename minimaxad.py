@@ -174,7 +174,7 @@ class DilatedReparam(nn.Module):
             self.add_module(f"dil_bn_k{kernel}_{dilation}", nn.BatchNorm2d(channels))
 
     def forward(self, x):
-        x = x.contiguous()  # channels last, torch's bfloat16 gradient of dilated ones is wrong
+        x = x.contiguous()  # in channels_last torch's bfloat16 gradient of dilated ones is wrong
         layers = list(self.children())
         return sum(bn(branch(x)) for branch, bn in zip(layers[0::2], layers[1::2], strict=True))
 
@@ -313,7 +313,7 @@ class TimmEncoder(nn.Module):
 
 
 def load_encoder(name, weights):
-    """The frozen encoder, UniRepLKNet's fused: standardised images B x 3 x H x W -> maps.
+    """The frozen encoder, UniRepLKNet or a ResNet fused: standardised images B x 3 x H x W -> maps.
 
     name: a key of UNIREPLKNET or any timm CNN of strides 4, 8, 16. weights: a file, "none"
     (untrained), or None for timm's download. Its buffers mean and std, 3 x 1 x 1, standardise RGB
@@ -339,7 +339,10 @@ def load_encoder(name, weights):
     encoder.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
     encoder.register_buffer("std", torch.tensor(std).view(3, 1, 1))
     encoder.eval().requires_grad_(False)
-    return fuse(encoder) if name in UNIREPLKNET else encoder
+    # Other timm networks may register their layers in another order than they run them.
+    if name in UNIREPLKNET or hasattr(encoder.net, "layer3"):
+        return fuse(encoder)
+    return encoder
 
 
 def authors_key(key):
@@ -501,7 +504,7 @@ def adc_threshold(pixels, p_hard, p_lim):
     beta = quantile(squares, p_lim)
     sigma2 = pixels.var()
     A = (squares >= alpha - sigma2).sum()  # as many as alpha would mine
-    least = max(1, len(pixels) * (1 - p_lim))  # N in the paper
+    least = max(1, len(pixels) * (1 - p_lim))  # script B in the paper
     return torch.where(A >= least, alpha, beta) - sigma2
 
 
@@ -531,6 +534,18 @@ def global_loss(encoder_maps, decoder_maps):
     return loss / batch
 
 
+def objective(args, maps, size):
+    """The loss that --loss names, of the encoder's and the decoder's maps; size: the image's."""
+    if args.loss == "global":
+        return global_loss(*maps)
+    S = anomaly_map(*maps, size, "nearest")
+    if args.loss == "local":
+        return local_loss(S)  # Eq. 7; Eq. 1, the mean on each scale, came before it
+    if args.loss == "local-hm":
+        return local_hm_loss(S, args.p_lim)
+    return adc_loss(S, args.p_hard, args.p_lim)
+
+
 # ----------------------------------------------------------------------------------- map and score
 
 
@@ -558,10 +573,10 @@ def fuse(network):
             parent.dwconv = parent.dwconv.fused()
         for (name, layer), (bn_name, bn) in pairwise(list(parent.named_children())):
             linear = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
-            if linear and type(bn) is nn.BatchNorm2d:
+            if linear and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
                 setattr(parent, name, fold(layer, bn))
                 setattr(parent, bn_name, nn.Identity())
-        if isinstance(parent, Block) and parent.grn.beta.numel() > 1:  # into the layer after it
+        if isinstance(parent, Block) and parent.grn.beta.numel() > 1:  # not folded yet
             beta = parent.grn.beta.flatten()
             parent.pwconv2.bias.data += parent.pwconv2.weight @ beta
             parent.grn.beta = nn.Parameter(torch.zeros(1, device=beta.device), False)
@@ -662,14 +677,7 @@ def train(model, state, args, samples, images, device):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 encoder_maps, decoder_maps = parallel(image)
             maps = encoder_maps, decoder_maps
-            if args.loss == "global":
-                loss = global_loss(*maps)
-            elif args.loss == "local":  # Eq. 7. (Eq. 1, the mean on each scale, came before it.)
-                loss = local_loss(anomaly_map(*maps, size, "nearest"))
-            elif args.loss == "local-hm":
-                loss = local_hm_loss(anomaly_map(*maps, size, "nearest"), args.p_lim)
-            else:
-                loss = adc_loss(anomaly_map(*maps, size, "nearest"), args.p_hard, args.p_lim)
+            loss = objective(args, maps, size)
             optimizer.zero_grad()
             (loss * WORLD).backward()  # DistributedDataParallel takes the mean over processes
             optimizer.step()
@@ -732,9 +740,9 @@ def run(args, states, device):
     if not states:
         if args.weights == "none":
             log.info("warning: the encoder is untrained: good to see the code run, not for results")
-        if (args.data, args.unified) not in PRESETS:
+        if (args.data, args.unified) not in TABLES:
             log.info(
-                f"note: the paper has no settings for {args.data}; taken are its nearest set's"
+                f"note: this setting of {args.data} is not in the paper; some settings are ours"
             )
         images = data.decode(train_samples, args.size, args.crop)
         data.warn_of_copies(train_samples, images, test, test_images)
@@ -754,7 +762,7 @@ def run(args, states, device):
     if args.eval and not results:
         raise data.DataError("no test images of the classes that trained (--root, --classes)")
     if RANK == 0:
-        paper = published(args)
+        paper = published(args, results)
         log.info(metrics.table([results], paper))
         if args.out:
             metrics.save_result(args.out, vars(args), results, paper)
@@ -765,7 +773,7 @@ def new_state(args, classes):
     """What a checkpoint holds, at the start of a training or where the run to resume stopped."""
     state = {
         "name": "unified" if args.unified else classes[0].replace("/", "_"),
-        "args": vars(args),
+        "args": dict(vars(args)),
         "classes": classes,
         "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
@@ -890,10 +898,12 @@ mean  66.8  84.7
 }
 
 
-def published(args):
+def published(args, rows):
     """The paper's figures, {row: {metric: value}}, beside its model however trained; else {}."""
     theirs = vars(get_parser().parse_args([])) | preset(args)
     own = ["size", "crop", "backbone", "score"]
+    if args.arch == "rd":
+        own.append("loss")
     if args.unified:
         own.append("classes")  # of fewer it is another model
     if any(vars(args)[key] != theirs[key] for key in own):
@@ -907,7 +917,7 @@ def published(args):
         for column, figure in zip(header.split(), figures, strict=True):
             if column.startswith(f"{method}:"):
                 result[row][column.split(":")[1]] = float(figure) / 100
-    if args.classes:
+    if args.classes or len(rows) == 1:  # its mean is over all classes
         result.pop("mean", None)
     return result
 

@@ -34,7 +34,8 @@ Details of the implementation and where each comes from:
     to both; nothing is detached (objective; README, "What keeps MINT-AD from collapsing").
     --literal leaves the determinants out, as printed. log sigma stays within -5 and 5.
  4. INR: Table 13 and a linear output layer, 602,368 weights, which is Table 9's 0.602 M. The paper
-    has no initialisation for it; here SIREN's and Kaiming's.
+    has no initialisation for it and the class token; here SIREN's, and Kaiming's with care (INR,
+    FeaturePrompt).
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder
     layers, learned positions added to queries and keys, jitter on the input tokens.
  6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. An --lr
@@ -55,6 +56,7 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +75,8 @@ import metrics
 
 LAMBDA_CE = 1.0  # Eq. 6
 LAMBDA_PRIOR = 0.1  # Eq. 6
-HEADS = 8  # Table 15
-DROPOUT = 0.1  # UniAD
+HEADS = 8  # UniAD
+DROPOUT = 0.1  # Table 15
 JITTER = 20.0  # UniAD
 CLIP = 0.1  # UniAD
 SAVE_EVERY = 60  # seconds between checkpoints
@@ -173,14 +175,17 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(EncoderLayer):
-    """UniAD's: q attends to the encoder memory, the result to the previous layer's output."""
+    """UniAD's: q attends to the encoder memory, the result to the previous layer's output.
+
+    The names are those of its authors' weights: self_attn is not one.
+    """
 
     def __init__(self, D):
         super().__init__(D)
         self.multihead_attn = nn.MultiheadAttention(D, HEADS, DROPOUT, batch_first=True)
         self.norm3 = nn.LayerNorm(D)
 
-    def forward(self, q, memory, previous, pos, mask=None):  # each B x P x D
+    def forward(self, q, memory, previous, pos, mask=None):  # three B x P x D; the rest as above
         options = {"attn_mask": mask, "need_weights": False}
         y, _ = self.self_attn(q + pos, memory + pos, memory, **options)
         x = self.norm1(q + self.dropout(y))
@@ -239,22 +244,23 @@ class Transformer(nn.Module):
         return self.output_proj(self.norm(x)[:, :P])  # B x P x C
 
 
+def mlp(act, *widths):
+    """Linear layers of these widths with an activation between two."""
+    layers = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), act()]
+    return layers[:-1]
+
+
 class FeaturePrompt(nn.Module):
     """The class token before the classifier's head, and its logits (Sec. 3.3, Table 12, Eq. 1)."""
 
     def __init__(self, C, P, K, Z=32, D=256, head=True):
         super().__init__()
-        self.class_encoder = nn.Sequential(  # B x P x C -> B x P x Z
-            nn.Linear(C, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, Z), nn.Softmax(-1)
-        )
-        self.channel_encoder = nn.Sequential(  # B x P*Z -> B x Z; Table 12 has P*Z = 8192
-            nn.Linear(P * Z, D),
-            nn.LeakyReLU(),
-            nn.Linear(D, D),
-            nn.LeakyReLU(),
-            nn.Linear(D, Z),
-            nn.Softmax(-1),
-        )
+        # B x P x C -> B x P x Z
+        self.class_encoder = nn.Sequential(*mlp(nn.ReLU, C, D, D, Z), nn.Softmax(-1))
+        # B x P*Z -> B x Z; Table 12 has P*Z = 8192
+        self.channel_encoder = nn.Sequential(*mlp(nn.LeakyReLU, P * Z, D, D, Z), nn.Softmax(-1))
         self.head = nn.Linear(Z, K) if head else None
         for module in self.modules():
             if isinstance(module, nn.Linear):  # torch's default leaves z too flat to learn
@@ -262,8 +268,7 @@ class FeaturePrompt(nn.Module):
                 nn.init.zeros_(module.bias)
         # A softmax's norm is at most 1, whatever its width: P inputs count here, not P * Z.
         nn.init.normal_(self.channel_encoder[0].weight, std=math.sqrt(2 / P))
-        # With a small head z turns one-hot, often alike for two classes, before logits differ.
-        if head:
+        if head:  # if small, z turns one-hot, often alike for two classes, before logits differ
             nn.init.normal_(self.head.weight, std=5.0)
 
     def forward(self, f_):
@@ -299,7 +304,8 @@ class INR(nn.Module):
     def forward(self, p, z):
         B = z.shape[0]
         P = p.shape[0]
-        zp = torch.cat([z.unsqueeze(1).expand(B, P, -1), p.expand(B, P, -1)], -1)  # B x P x (Z+E)
+        z_at_p = z.unsqueeze(1).expand(B, P, -1)
+        zp = torch.cat([z_at_p, p.expand(B, P, -1)], -1)  # B x P x (Z+E)
         with torch.autocast(p.device.type, enabled=False):  # bfloat16 blurs a sine of omega_0 p
             x = torch.sin(self.synthesis[0](p))  # P x D
         h = F.relu(self.modulation[0](zp))  # Eq. 9, B x P x D
@@ -408,24 +414,11 @@ class MINTAD(nn.Module):
             self.positions = nn.Parameter(torch.randn(P, 3))  # "a learnable embedding", P x E
             self.inr = INR(Z, 3, D)
         if query == "mlp":  # Sec. 0.B.6: "repeated", but its 383.5 M weights are P*D outputs
-            self.mlp = nn.Sequential(
-                nn.Linear(Z, D),
-                nn.ReLU(),
-                nn.Linear(D, D),
-                nn.ReLU(),
-                nn.Linear(D, P * D),
-                nn.Unflatten(1, (P, D)),
-            )
+            self.mlp = nn.Sequential(*mlp(nn.ReLU, Z, D, D, P * D), nn.Unflatten(1, (P, D)))
         if query == "learned":  # one for all images
             self.learned = nn.Parameter(torch.randn(P, D))
         if prior_loss:  # Table 14, whose 512 outputs are 2 x 256; f' has C channels
-            self.distribution = nn.Sequential(
-                nn.Linear(D, D),
-                nn.LeakyReLU(),
-                nn.Linear(D, D),
-                nn.LeakyReLU(),
-                nn.Linear(D, 2 * C),
-            )
+            self.distribution = nn.Sequential(*mlp(nn.LeakyReLU, D, D, D, 2 * C))
 
     def forward(self, f, label=None):
         """f: B x P x C raw, label: B -> f', r; logits: B x K or None; (mu, log sigma) or None."""
@@ -518,6 +511,8 @@ def neighbour_mask(H, W, window=7):
 
 def objective(model, outputs, label, literal=False):
     """Eq. 6 of a batch, and {name: value} to log; outputs: what model(f, label) returns.
+
+        L = L_mse (Eq. 5) + 1.0 L_ce (Eq. 1) + 0.1 L_prior (Eq. 4)
 
     Eq. 3 starts from the likelihood of the original features; for f' = W f + b it is, per position,
         log p(f) = log N(f'; mu, sigma) + log |det W|          (the paper prints no determinant).
@@ -690,7 +685,10 @@ def learning_rate(args, step, steps):
 
 
 def train(detector, features, labels, state, args, device):
-    """Train on features N x P x C of labels N, from the epoch at which the state stopped."""
+    """Train on features N x P x C of labels N, from the epoch at which the state stopped.
+
+    Of several processes the log has the losses of the first one's images.
+    """
     model = detector.model
     optimizers = make_optimizers(model, args)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
@@ -750,9 +748,9 @@ def train(detector, features, labels, state, args, device):
 def fit_distance(detector, features, labels, device):
     """K x 4 x C x C: L^-1 of S = L L^T; ||L^-1 (f' - r)||^2 = (f' - r)^T S^-1 (f' - r).
 
-    S is the covariance of f' - r over the class's training images: half of it over the positions
-    in the same quarter of the image, half the mean of the quarters; shrunk, so that a class with
-    fewer residuals than channels has an inverse, too. In float64.
+    S is the covariance (about zero) of f' - r over the class's training images: half of it over
+    the positions in the same quarter of the image, half the mean of the quarters; shrunk, so that
+    a class with fewer residuals than channels has an inverse, too. In float64.
     """
     whitening = torch.zeros(detector.whitening.shape, dtype=torch.float64)
     C = whitening.shape[-1]
@@ -764,7 +762,7 @@ def fit_distance(detector, features, labels, device):
         for f, label in zip(features[chosen].split(32), labels[chosen].split(32), strict=True):
             f_, r, _, _ = detector.model(f.to(device).float(), label.to(device))
             for i in range(4):
-                d = (f_ - r)[:, detector.quarter == i].flatten(0, 1)  # B*P/4 x C
+                d = (f_ - r)[:, detector.quarter == i].flatten(0, 1)  # B*P_i x C
                 d = d.cpu().double()
                 cov[i] += d.T @ d / len(d) * len(f) / N
         for i in range(4):
@@ -788,8 +786,10 @@ def fit(detector, state, args, samples, images, device):
     state["digest"] = digest
 
     # f is extracted once, as nothing augments: N x P x C, in half precision, on the GPU if it fits.
-    backbone = detector.backbone
-    (features,) = infer(lambda image, _: [backbone(image).half()], images[index], None, device)
+    def extract(image, _):
+        return [detector.backbone(image).half()]
+
+    (features,) = infer(extract, images[index], None, device)
     labels = class_index(trained, state["classes"])
     if device.type == "cuda" and features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
         features = features.to(device)
@@ -860,7 +860,7 @@ def run(args, states, device):
     if args.eval and not results:
         raise data.DataError("no test images of the classes that trained (--root, --classes)")
     if RANK == 0:
-        paper = published(args)
+        paper = published(args, results)
         log.info(metrics.table([results], paper))
         if args.out:
             metrics.save_result(args.out, vars(args), results, paper)
@@ -871,7 +871,7 @@ def new_state(args, classes):
     """What a checkpoint holds, at the start of a training or where the run to resume stopped."""
     state = {
         "name": "unified" if args.unified else classes[0].replace("/", "_"),
-        "args": vars(args),
+        "args": dict(vars(args)),
         "classes": classes,
         "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
@@ -983,7 +983,7 @@ TABLES = {  # (set, unified): the table, and where a metric's two columns begin
 }
 
 
-def published(args):
+def published(args, rows):
     """The paper's figures, {row: {metric: value}}, beside its model however trained; else {}."""
     table, columns = TABLES.get((args.data, args.unified), ("", {}))
     own = ["size", "backbone", "pool", "query", "prompt", "adapter", "cls_loss", "prior_loss"]
@@ -1001,7 +1001,7 @@ def published(args):
         result[row] = {}
         for key, column in columns.items():
             result[row][key] = float(figures[column + (not args.uniad)]) / 100
-    if args.classes:
+    if args.classes or len(rows) == 1:  # its mean is over all classes
         result.pop("mean", None)
     return result
 

@@ -78,16 +78,6 @@ def toy_run():
     return finished
 
 
-@pytest.fixture(scope="session")
-def mintad_run(toy_run):
-    return toy_run("mintad")
-
-
-@pytest.fixture(scope="session")
-def minimaxad_run(toy_run):
-    return toy_run("minimaxad")
-
-
 # ------------------------------------------------------------------------------------- tiny runs
 
 
@@ -120,6 +110,11 @@ def script(request):
     return request.param
 
 
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
 @pytest.fixture(scope="session")
 def photos_to_copy(tmp_path_factory):
     """photos/{pill,weave}: 6 images to train, 2 good and 2 defective ones with masks."""
@@ -127,13 +122,10 @@ def photos_to_copy(tmp_path_factory):
     for cls in "pill", "weave":
         _, train, test = data.load("toy", classes=[cls])
         for sample in train[:6] + test[:2] + test[-2:]:
-            path = root / f"{sample.image.removeprefix('toy:')}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sample.pixels).save(path)
+            name = sample.image.removeprefix("toy:")
+            save(root / f"{name}.png", sample.pixels)
             if sample.label:
-                path = root / cls / "ground_truth" / path.parent.name / path.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(sample.defect).save(path)
+                save(root / f"{name.replace('/test/', '/ground_truth/')}.png", sample.defect)
     return root
 
 
@@ -144,19 +136,13 @@ def photos(photos_to_copy, tmp_path, monkeypatch):
     return shutil.copytree(photos_to_copy, "photos")
 
 
-@pytest.fixture(scope="session")
-def shrink():
-    """A function of a monkeypatch: networks of a few channels, a run takes less than a second."""
-    import minimaxad
-    import mintad
-
-    def shrink(monkeypatch):
-        for network in mintad.MINTAD, mintad.UniAD:
-            small = functools.partialmethod(network.__init__, D=16, layers=1)
-            monkeypatch.setattr(network, "__init__", small)
-        monkeypatch.setitem(minimaxad.UNIREPLKNET, "tiny", (8, [3], [13], [13]))
-
-    return shrink
+def shrink(monkeypatch):
+    """Networks of a few channels: a run takes less than a second."""
+    mintad, minimaxad = map(importlib.import_module, BACKBONE)
+    for network in mintad.MINTAD, mintad.UniAD:
+        small = functools.partialmethod(network.__init__, D=16, layers=1)
+        monkeypatch.setattr(network, "__init__", small)
+    monkeypatch.setitem(minimaxad.UNIREPLKNET, "tiny", (8, [3], [13], [13]))
 
 
 TINY = "--data folder --root photos --unified --size 64 --weights none --epochs 3 --batch-size 4"
@@ -167,14 +153,14 @@ BACKBONE = {
 
 
 @pytest.fixture
-def tiny(script, photos, shrink, monkeypatch):
+def tiny(script, photos, monkeypatch):
     """The flags of a tiny run on the photos; more may follow."""
     shrink(monkeypatch)
     return f"{TINY} {BACKBONE[script]}".split()
 
 
 @pytest.fixture(scope="session")
-def tiny_runs(photos_to_copy, shrink, call, tmp_path_factory):
+def tiny_runs(photos_to_copy, call, tmp_path_factory):
     """The folders of a finished tiny run of each script."""
     folders = {}
     for script, backbone in BACKBONE.items():

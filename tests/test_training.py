@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ import torch
 import torchvision
 from PIL import Image
 
-import data
 import mintad
 
 
@@ -29,12 +29,15 @@ def checkpoint(path):
     return state["model"] if "model" in state else state["detector"]
 
 
+def same_weights(path, other):
+    theirs = checkpoint(other)
+    return all(torch.equal(tensor, theirs[key]) for key, tensor in checkpoint(path).items())
+
+
 def assert_same_run(one, other):
     """Both have the same checkpoints and the same table, to the last bit."""
-    for path in sorted(Path(one).glob("*.pt")):
-        theirs = checkpoint(Path(other, path.name))
-        for key, tensor in checkpoint(path).items():
-            assert torch.equal(tensor, theirs[key]), f"{path.name} {key}"
+    for path in Path(one).glob("*.pt"):
+        assert same_weights(path, Path(other, path.name))
     assert result(one)["classes"] == result(other)["classes"]
 
 
@@ -47,97 +50,63 @@ def epochs(folder):
 # ---------------------------------------------------------------------------------- the toy runs
 
 
-@pytest.mark.parametrize("name", ["mintad", "muon", "minimaxad"])
-def test_the_toy_set_is_learned(name, toy_run):
-    assert result(toy_run(name))["mean"]["i_auroc"] > 0.9
+def test_the_toy_set_is_learned_and_by_muon_not_worse(toy_run):
+    found = {
+        name: result(toy_run(name))["mean"]["i_auroc"] for name in ("mintad", "muon", "minimaxad")
+    }
+    assert min(found.values()) > 0.9
+    assert found["muon"] >= found["mintad"] - 0.01
 
 
-def test_muon_is_not_behind_adamw(toy_run):
-    muon, adamw = (result(toy_run(name))["mean"]["i_auroc"] for name in ("muon", "mintad"))
-    assert muon >= adamw - 0.01
-
-
-# ------------------------------------------------------------------------------ files of a run
-
-
-def test_a_run_leaves_four_files(tiny_run):
+def test_a_run_leaves_its_settings_log_table_and_checkpoint(tiny_run):
     names = sorted(path.name for path in tiny_run.iterdir())
     assert names == ["args.json", "log.txt", "metrics.json", "unified.pt"]
+    settings = json.loads((tiny_run / "args.json").read_text())
+    assert (settings["size"], settings["classes"], settings["root"]) == (64, None, "photos")
 
 
-def test_the_log_has_a_line_for_each_epoch(tiny_run):
-    assert (tiny_run / "log.txt").read_text().count("epoch 3/3: ") == 1
+def test_the_log_has_a_line_for_each_epoch_and_the_table(tiny_run):
+    lines = (tiny_run / "log.txt").read_text().splitlines()
+    assert sum("epoch 3/3: " in line for line in lines) == 1
+    rows = result(tiny_run)["classes"] | {"mean": result(tiny_run)["mean"]}
+    assert list(rows) == ["pill", "weave", "mean"]
+    for name, row in rows.items():
+        assert [name, *(f"{value:.3f}" for value in row.values())] in map(str.split, lines)
 
 
-def test_the_log_has_the_table(tiny_run):
-    row = [f"{value:.3f}" for value in result(tiny_run)["mean"].values()]
-    assert ["mean", *row] in [line.split() for line in open(tiny_run / "log.txt")]
-
-
-def test_metrics_json_has_a_row_of_four_metrics_for_each_class(tiny_run):
-    rows = {cls: list(row) for cls, row in result(tiny_run)["classes"].items()}
-    assert rows == dict.fromkeys(["pill", "weave"], ["i_auroc", "p_auroc", "p_aupr", "aupro"])
-
-
-def test_metrics_json_has_the_mean_of_the_classes(tiny_run):
-    pill, weave = result(tiny_run)["classes"].values()
-    for metric, value in result(tiny_run)["mean"].items():
-        assert value == pytest.approx((pill[metric] + weave[metric]) / 2)
-
-
-@pytest.mark.parametrize("key, value", [("size", 64), ("classes", None), ("root", "photos")])
-def test_args_json_has_the_settings(key, value, tiny_run):
-    assert json.loads((tiny_run / "args.json").read_text())[key] == value
+def test_a_failed_attempt_does_not_block_the_corrected_command(script, tiny, call):
+    call(script, *tiny, "--root", "nowhere", "--out", "run")
+    assert call(script, *tiny, "--epochs", 1, "--out", "run").status == 0
+    assert json.loads(Path("run/args.json").read_text())["root"] == "photos"
 
 
 # ----------------------------------------------------------------------------- which images do what
 
 
-def test_classes_chooses_some(script, tiny, call):
-    call(script, *tiny, "--epochs", 1, "--classes", "weave", "--out", "run")
-    assert list(result("run")["classes"]) == ["weave"]
-
-
 @pytest.fixture
 def separate(script, tiny, call):
-    """Flags of a run of one epoch for each class, and its folder."""
+    """Flags of a run of one epoch for each class, which lies in the folder "separate"."""
     flags = *tiny, "--no-unified", "--epochs", 1
     call(script, *flags, "--out", "separate")
-    return flags, Path("separate")
+    return flags
 
 
 def test_a_separate_model_is_that_of_its_class_alone(script, separate, call):
-    flags, both = separate
-    call(script, *flags, "--classes", "weave", "--out", "alone")
-    one, other = (checkpoint(f"{run}/weave.pt") for run in ("alone", both))
-    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    call(script, *separate, "--classes", "weave", "--out", "alone")
+    assert list(result("alone")["classes"]) == ["weave"]
+    assert same_weights("alone/weave.pt", "separate/weave.pt")
 
 
-def test_a_row_of_separate_models_is_that_of_its_own(script, separate, call):
+def test_a_separate_model_has_the_row_of_its_class_only(script, separate, call):
     call(script, "--eval", "separate/pill.pt", "--out", "pill")
-    assert result("pill")["classes"] == {"pill": result(separate[1])["classes"]["pill"]}
+    assert result("pill")["classes"] == {"pill": result("separate")["classes"]["pill"]}
+    refused = call(script, "--eval", "separate/pill.pt", "--classes", "weave")
+    assert (refused.status, "--classes" in refused.error) == (2, True)
 
 
 def test_without_masks_the_table_has_image_metrics_only(script, tiny, call):
     shutil.rmtree("photos/pill/ground_truth")
     assert re.search(r"pill +[01]\.\d+ +- +- +-\n", call(script, *tiny, "--epochs", 1).out)
-
-
-def test_held_out_photos_do_not_train(script, tiny, call):
-    flags = *tiny, "--epochs", 1, "--holdout", 0.2
-    call(script, *flags, "--out", "one")
-    _, train, _ = data.load("folder", "photos")
-    for i in np.flatnonzero(data.hold_out(train, 0.2)):
-        Image.new("RGB", (128, 128), "green").save(train[i].image)
-    call(script, *flags, "--out", "other")
-    one, other = (checkpoint(f"{run}/unified.pt") for run in ("one", "other"))
-    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
-
-
-def test_of_few_photos_none_is_held_out(script, tiny, call):
-    for path in list(Path("photos").glob("*/train/good/*"))[2:]:
-        path.unlink()
-    assert call(script, *tiny, "--classes", "pill", "--epochs", 1, "--holdout", 0.1).status == 0
 
 
 def test_the_domains_of_aebad_are_rows(script, tiny, call):
@@ -149,16 +118,14 @@ def test_the_domains_of_aebad_are_rows(script, tiny, call):
     assert list(result("run")["classes"]) == ["same", "view"]
 
 
-class CIFAR10:
+def cifar10(root, train):
     """Two images of each class, to train and to test."""
-
-    def __init__(self, root, train):
-        self.targets = list(range(10)) * 2
-        self.data = np.random.default_rng(train).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    images = np.random.default_rng(train).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    return SimpleNamespace(data=images, targets=list(range(10)) * 2)
 
 
 def test_cifar10_is_tested_on_all_classes(script, tiny, call, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10)
     call(script, *tiny, "--data", "cifar10", "--normals", "13579", "--epochs", 1, "--out", "run")
     assert result("run")["classes"]["13579"]["i_auroc"] is not None
 
@@ -166,19 +133,16 @@ def test_cifar10_is_tested_on_all_classes(script, tiny, call, monkeypatch):
 # ------------------------------------------------------------------------------------ the training
 
 
-def test_amp_learns(script, tiny, call):
+def test_amp_learns_nearly_the_same(script, tiny, tiny_run, call):
     call(script, *tiny, "--amp", "--out", "run")
-    (first, *_), *_, (last, *_) = epochs("run")
-    assert last < first
+    found, expected = epochs("run")[-1], epochs(tiny_run)[-1]
+    assert found[0] == pytest.approx(expected[0], rel=0.1)
+    assert found != expected
 
 
-def test_batches_of_one_image(script, tiny, call):
-    assert call(script, *tiny, "--epochs", 1, "--batch-size", 1).status == 0
-
-
-@pytest.mark.parametrize("script", ["minimaxad"])
-def test_a_side_whose_maps_do_not_halve(script, tiny, call):
-    assert call(script, *tiny, "--epochs", 1, "--size", 80).status == 0  # as 400 of the set mad
+@pytest.mark.parametrize("flag", ["--batch-size 1", "--size 80"])  # does not halve, as 400 of mad
+def test_an_odd_batch_or_side_trains(script, flag, tiny, call):
+    assert call(script, *tiny, "--epochs", 1, *flag.split()).status == 0
 
 
 @pytest.mark.parametrize("script", ["minimaxad"])
@@ -193,29 +157,6 @@ def test_what_crop_cuts_away_makes_no_difference(script, tiny, call):
     assert_same_run("one", "other")
 
 
-SETTINGS = {
-    "mintad": [
-        *["", "--seed 2", "--lr 5e-5", "--weight-decay 0.5", "--optimizer muon", "--amp"],
-        *["--pool area", "--query mlp", "--query learned", "--prompt label", "--prompt image"],
-        *["--no-adapter", "--no-cls-loss", "--no-prior-loss", "--literal", "--uniad --size 128"],
-    ],
-    "minimaxad": [
-        *["", "--seed 2", "--lr 1e-3", "--weight-decay 0.5", "--amp", "--p-hard 0.5"],
-        *["--p-lim 0.01", "--loss global", "--loss local", "--loss local-hm"],
-        *["--loss local-hm --p-lim 0.9", "--arch rd --backbone test_resnet"],
-    ],
-}
-
-
-def test_every_setting_of_the_training_makes_a_difference(script, tiny, call):
-    learned = {}
-    for i, flags in enumerate(SETTINGS[script]):
-        call(script, *tiny, "--epochs", 1, *flags.split(), "--out", i)
-        weights = checkpoint(f"{i}/unified.pt").values()
-        learned[b"".join(tensor.numpy().tobytes() for tensor in weights)] = flags
-    assert [*learned.values()] == SETTINGS[script]
-
-
 @pytest.mark.parametrize(
     "script, parts", [("mintad", {"model"}), ("minimaxad", {"bottleneck", "decoder"})]
 )
@@ -223,9 +164,9 @@ def test_a_seed_draws_all_weights_but_an_untrained_backbone(script, parts, tiny,
     for seed in 1, 2:
         call(script, *tiny, "--lr", 0, "--epochs", 1, "--seed", seed, "--out", f"seed{seed}")
     one, two = (checkpoint(f"seed{seed}/unified.pt") for seed in (1, 2))
-    assert {key.split(".")[0] for key in one if not torch.equal(one[key], two[key])} - {
-        "whitening"
-    } == parts
+    drawn = [key for key in one if not torch.equal(one[key], two[key])]
+    drawn = [key for key in drawn if "running" not in key]  # BatchNorm's differ by the order
+    assert {key.split(".")[0] for key in drawn} - {"whitening"} == parts
 
 
 def test_each_epoch_has_batches_of_its_own(script, tiny, call, monkeypatch):
@@ -245,27 +186,6 @@ def test_each_epoch_has_noise_of_its_own(script, tiny, call):
     assert first != second
 
 
-@pytest.mark.parametrize("script", ["minimaxad"])
-def test_gamma_multiplies_the_rate_after_each_epoch(script, tiny, call):
-    for count in 1, 3:
-        call(script, *tiny, "--gamma", 0, "--epochs", count, "--out", f"{count}")
-    one, three = (checkpoint(f"{count}/unified.pt") for count in (1, 3))
-    moved = [key for key in one if not torch.equal(one[key], three[key])]
-    assert all("running" in key or "num_batches" in key for key in moved)  # BatchNorm's statistics
-
-
-@pytest.mark.parametrize("script", ["mintad"])
-def test_the_rate_is_that_of_the_step_of_the_whole_run(script, tiny, call, monkeypatch):
-    def rate(args, step, steps):
-        return 1e-3 if step / steps < 1 / args.epochs else 0  # it learns in the first epoch only
-
-    monkeypatch.setattr(mintad, "learning_rate", rate)
-    for count in 1, 2:
-        call(script, *tiny, "--epochs", count, "--out", f"{count}")
-    one, two = (checkpoint(f"{count}/unified.pt") for count in (1, 2))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-
-
 # ------------------------------------------------------------------- interrupted and resumed runs
 
 
@@ -275,7 +195,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed(call, monkeypatch):
-    """A function that starts a run and kills it as it logs a text; returns the run's folder.
+    """A function that starts a run and kills it as it logs a text.
 
     After each epoch some seconds pass, by default more than there are between checkpoints.
     """
@@ -296,26 +216,22 @@ def killed(call, monkeypatch):
             patch.setattr(time, "time", lambda: clock() + passed)
             patch.setattr(logging.getLogger(script), "filters", [watch])
             call(script, *flags, "--out", "killed")
-        return Path("killed")
 
     return killed
 
 
-@pytest.mark.parametrize(
-    "script, flags", [("mintad", []), ("mintad", ["--optimizer", "muon"]), ("minimaxad", [])]
-)
-def test_a_killed_run_goes_on_bit_for_bit(script, flags, tiny, killed, call):
-    call(script, *tiny, *flags, "--out", "straight")
-    killed(script, *tiny, *flags, at="epoch 3/3")
+@pytest.mark.parametrize("script", ["mintad"])
+def test_a_killed_run_by_muon_goes_on_bit_for_bit(script, tiny, killed, call):
+    call(script, *tiny, "--optimizer", "muon", "--out", "straight")
+    killed(script, *tiny, "--optimizer", "muon", at="epoch 3/3")
     call(script, "--out", "killed", "--resume")
     assert_same_run("straight", "killed")
 
 
 def test_a_separate_run_goes_on_with_the_next_class(script, separate, killed, call):
-    flags, straight = separate
-    killed(script, *flags, at="weave epoch 1/1")
+    killed(script, *separate, at="weave epoch 1/1")
     call(script, "--out", "killed", "--resume")
-    assert_same_run(straight, "killed")
+    assert_same_run("separate", "killed")
 
 
 def test_a_checkpoint_is_written_when_a_minute_has_passed(script, tiny, killed):
@@ -323,15 +239,9 @@ def test_a_checkpoint_is_written_when_a_minute_has_passed(script, tiny, killed):
     assert torch.load("killed/unified.pt", weights_only=True)["epoch"] == 2
 
 
-def test_no_checkpoint_is_written_sooner(script, tiny, killed):
-    killed(script, *tiny, at="epoch 2/3", seconds=50)
-    assert list(Path("killed").glob("*.pt")) == []
-
-
-@pytest.fixture
-def killed_while_writing(script, tiny, killed, monkeypatch):
-    """The folder of a run that was killed as it wrote the second checkpoint."""
-
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    script, tiny, tiny_run, killed, call, monkeypatch
+):
     def half(state, path):
         save(state, path)
         if state["epoch"] == 2:
@@ -343,25 +253,18 @@ def killed_while_writing(script, tiny, killed, monkeypatch):
         patch.setattr(torch, "save", half)
         patch.setattr(Path, "unlink", lambda *args, **options: None)  # nothing is tidied up
         patch.setattr(os, "getpid", lambda: 1)  # nor does a later process have the same number
-        return killed(script, *tiny, at="epoch 3/3")
+        killed(script, *tiny, at="epoch 3/3")
+    call(script, "--out", "killed", "--resume")
+    assert_same_run(tiny_run, "killed")
+    assert call(script, "--eval", "killed").status == 0
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
-    script, killed_while_writing, tiny_run, call
-):
-    call(script, "--out", killed_while_writing, "--resume")
-    assert_same_run(tiny_run, killed_while_writing)
-
-
-def test_a_run_killed_while_writing_can_be_evaluated_later(script, killed_while_writing, call):
-    call(script, "--out", killed_while_writing, "--resume")
-    assert call(script, "--eval", killed_while_writing).status == 0
-
-
-def test_a_finished_run_resumed_keeps_its_checkpoint(script, tiny_run, call):
+def test_a_finished_run_resumed_or_refused_stays_as_it_was(script, tiny_run, call):
     shutil.copytree(tiny_run, "run")
+    call(script, "--out", "run", "--resume", "--root", "nowhere")
     call(script, "--out", "run", "--resume")
-    assert Path("run/unified.pt").read_bytes() == (tiny_run / "unified.pt").read_bytes()
+    for name in "unified.pt", "args.json":
+        assert Path("run", name).read_bytes() == (tiny_run / name).read_bytes()
 
 
 def test_a_run_is_not_resumed_with_other_images(script, tiny, killed, call):
@@ -371,27 +274,25 @@ def test_a_run_is_not_resumed_with_other_images(script, tiny, killed, call):
     assert (refused.status, "other images" in refused.error) == (2, True)
 
 
-def test_a_refused_run_leaves_args_json_as_it_was(script, tiny_run, call):
-    shutil.copytree(tiny_run, "run")
-    call(script, "--out", "run", "--resume", "--root", "nowhere")
-    assert Path("run/args.json").read_text() == (tiny_run / "args.json").read_text()
-
-
-# ---------------------------------------------------------------------------------- divergence
-
 DIVERGING = {  # after the first epoch
     "mintad": ["--weight-decay", 3e4, "--epochs", 20],
     "minimaxad": ["--gamma", 1e9],
 }
 
 
-def test_divergence_is_said_in_a_line(script, tiny, call):
+def test_divergence_is_told_and_leaves_a_good_checkpoint(script, tiny, call, monkeypatch):
+    monkeypatch.setattr(f"{script}.SAVE_EVERY", -1)
     ended = call(script, *tiny, *DIVERGING[script], "--out", "run")
     assert (ended.status, "--lr" in ended.error) == (2, True)
+    for tensor in checkpoint("run/unified.pt").values():
+        assert torch.isfinite(tensor.double()).all()
 
 
-def test_divergence_leaves_the_last_good_checkpoint(script, tiny, call, monkeypatch):
-    monkeypatch.setattr(f"{script}.SAVE_EVERY", -1)
-    call(script, *tiny, *DIVERGING[script], "--out", "run")
-    tensors = checkpoint("run/unified.pt").values()
-    assert all(torch.isfinite(tensor.double()).all() for tensor in tensors)
+@pytest.mark.parametrize("script", ["mintad"])
+def test_constant_features_are_refused(script, tiny, call, monkeypatch):
+    def constant(self, image):
+        return torch.zeros(len(image), self.H * self.W, self.C)
+
+    monkeypatch.setattr(mintad.Backbone, "forward", constant)
+    ended = call(script, *tiny)
+    assert (ended.status, "features" in ended.error) == (2, True)
