@@ -210,10 +210,11 @@ HEAT = Image.fromarray(np.uint8([RAMP])).resize((256, 1), Image.Resampling.BILIN
 
 
 def overlay(image, s, low, high):
-    """uint8 H x W x 3: the map s, H x W, as heat over the grey image."""
+    """uint8 H x W x 3: a map s of any size as heat over the grey image, H x W x 3."""
+    grey = Image.fromarray(image).convert("L").convert("RGB")
     level = np.interp(s, (low, high), (0, 255)).astype(np.uint8)
     heat = Image.fromarray(np.asarray(HEAT)[0, level])
-    grey = Image.fromarray(image).convert("L").convert("RGB")
+    heat = heat.resize(grey.size)
     return np.array(Image.blend(grey, heat, 0.45))
 
 
@@ -310,7 +311,7 @@ def read_photo(path, size, crop):
     pixels = data.resized(image, size, crop, Image.Resampling.BILINEAR)
     if crop:
         image = Image.fromarray(pixels)
-    image.thumbnail((512, 512), Image.Resampling.BILINEAR)
+    image.thumbnail((512, 512), Image.Resampling.BOX)
     return path, pixels, np.asarray(image)
 
 
@@ -336,9 +337,9 @@ def draw_verdict(numbered, normal, limits, folder):
     text = f"{verdict} {score:.4g} (threshold {limit:.4g}) {cls} {Path(path).name}"
 
     scale = normal.get(cls, normal[""])
+    heat = overlay(photo, s, scale["low"], scale["high"])
     height, width = photo.shape[:2]
     s = Image.fromarray(s.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    heat = overlay(photo, np.asarray(s), scale["low"], scale["high"])
     above = np.asarray(s) > scale["peak"]
     outline = above & ~ndimage.binary_erosion(above)  # of what no normal image has
     heat[outline] = 255

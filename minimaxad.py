@@ -134,6 +134,7 @@ TOY = {
 
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # process 0 speaks, writes and evaluates
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 log = logging.getLogger("minimaxad")
 
@@ -1080,8 +1081,8 @@ def check(parser, args, states):
     if any(state["normal"] is None for state in states):
         parser.error(f"--eval {args.eval}: its training stopped early; finish it with --resume")
     if (args.predict or args.export) and len(states) != 1:
-        names = ", ".join(f"{state['name']}.pt" for state in states)
-        parser.error(f"--predict and --export take one model: --eval RUN/FILE.pt, of {names}")
+        names = " ".join(f"{state['name']}.pt" for state in states)
+        parser.error(f"--predict and --export take one model, --eval RUN/FILE.pt: {names}")
     if args.predict and args.export:
         parser.error("--predict goes without --export")
     if (args.predict or args.save_maps) and not args.out:
@@ -1103,7 +1104,7 @@ def main(argv=None):
             device = torch.device(args.device)
             if device.type == "cuda" and device.index is None:  # a GPU for each process
                 backend = "nccl"
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0)
+                device = torch.device("cuda", LOCAL_RANK)
             torch.zeros(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -1123,7 +1124,7 @@ def main(argv=None):
         if LAUNCHED:
             dist.destroy_process_group()
     except (data.DataError, OSError) as error:
-        if not LAUNCHED or os.environ["LOCAL_RANK"] == "0":
+        if LOCAL_RANK == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
