@@ -299,7 +299,7 @@ class TimmEncoder(nn.Module):
                 info = timm.create_model(name, features_only=True).feature_info
             index = [i for i, stride in enumerate(info.reduction()) if stride in (4, 8, 16)]
             options = {"features_only": True, "out_indices": index}
-            self.net = timm.create_model(name, pretrained=pretrained, **options)
+            self.net = timm.create_model(name, pretrained=pretrained, **options).eval()
             maps = self.net(torch.zeros(1, 3, 64, 64))
         info = self.net.feature_info
         if info.reduction() != [4, 8, 16]:

@@ -126,6 +126,13 @@ def test_a_timm_network_from_a_file_gives_its_stages_maps(tmp_path):
     close(encoder(image), [x := layer(x) for layer in (net.layer1, net.layer2, net.layer3)])
 
 
+def test_making_an_encoder_leaves_its_batch_statistics_as_they_were():
+    encoder = minimaxad.TimmEncoder("test_resnet")
+    variances = [x for name, x in encoder.named_buffers() if name.endswith("running_var")]
+    assert variances
+    assert all((x == 1).all() for x in variances)
+
+
 def test_an_encoder_has_the_mean_and_deviation_that_it_was_trained_with(encoder_n):
     other = minimaxad.load_encoder("tf_efficientnet_lite0", "none")
     assert encoder_n.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
