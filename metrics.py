@@ -311,7 +311,7 @@ def read_photo(path, size, crop):
     pixels = data.resized(image, size, crop, Image.Resampling.BILINEAR)
     if crop:
         image = Image.fromarray(pixels)
-    image.thumbnail((512, 512), Image.Resampling.BOX)
+    image.thumbnail((512, 512), reducing_gap=1.0)
     return path, pixels, np.asarray(image)
 
 

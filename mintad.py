@@ -835,6 +835,8 @@ def evaluate(detector, state, args, samples, images, masks, device):
 def run(args, states, device):
     """Train a model for all classes or one for each, or take those of --eval; then the table."""
     open_folder(args)
+    if device.type == "cuda":
+        log.info(f"{torch.cuda.get_device_name(device)}, matrix products in TF32")
     classes, train_samples, test = data.load(args.data, args.root, args.classes, args.normals)
     masks = data.decode_masks(test, args.size)
     test_images = data.decode(test, args.size)
