@@ -96,7 +96,7 @@ def mvtec(root, cls, good="good", by_domain=False):
             raise DataError(f"{path.parent}: rename it to {good}")
         if split == "train" and label:
             continue
-        row = below[0] if by_domain and below else cls
+        row = below[0] if by_domain else cls
         mask = None
         if label:
             mask = masks.get(f"{key}_mask", masks.get(key))
@@ -106,10 +106,10 @@ def mvtec(root, cls, good="good", by_domain=False):
 
 def mvtec_classes(root):
     classes = []
-    for path in sorted(root.iterdir()):
+    for path in sorted(filter(is_shown, root.iterdir())):
         if (path / "train").is_dir() or (path / "test").is_dir():
             classes.append(path.name)
-        elif path.is_dir() and is_shown(path):
+        elif path.is_dir():
             log.warning(f"warning: not used, as no train or test is in it: {path}")
     return classes
 
@@ -333,7 +333,7 @@ def list_files(folder, above=()):
     """Paths of all files below a folder, sorted; hidden ones and JUNK left out."""
     if not folder.is_dir():
         return []
-    here = [*above, folder.resolve()]
+    here = [folder.resolve(), *(above or folder.resolve().parents)]
     files = []
     for path in sorted(filter(is_shown, folder.iterdir())):
         if not path.is_dir():
@@ -532,8 +532,7 @@ def find_images(paths):
     for path in map(Path, paths):
         images = []
         for file in list_files(path) or [path]:
-            drawn = (file.parent / "predictions.csv").exists()  # by an earlier --predict
-            if file.suffix.lower() in SUFFIXES and file.is_file() and not drawn:
+            if file.is_file() and (file.suffix.lower() in SUFFIXES or file == path):
                 images.append(str(file))
             else:
                 unused.append(str(file))
@@ -601,7 +600,7 @@ def load_weights(net, path, key_in_file=str):
     unfit = []
     for key, ours in net.state_dict().items():
         theirs = by_name.get(key_in_file(key).replace(".", "_"))
-        if theirs is not None and theirs.shape == ours.shape:
+        if getattr(theirs, "shape", None) == ours.shape:
             tensors[key] = theirs
         elif not key.endswith("num_batches_tracked"):
             unfit.append(key)

@@ -200,7 +200,19 @@ def test_linked_folders_are_followed_and_loops_are_not(pill):
     (pill / "test/crack").symlink_to(pill.parent / ".elsewhere")
     (pill / "test/crack/loop").symlink_to(pill)
     (pill / "test/crack/another").symlink_to(pill / "test")
+    (pill / "test/crack/above").symlink_to(pill.parents[1])
     assert listed(pill.parent, "folder") == before
+
+
+def test_a_hidden_folder_is_no_class(pill):
+    before = listed(pill.parent, "folder")
+    touch(pill.parent, ".trash/train/good/1.png")
+    assert listed(pill.parent, "folder") == before
+
+
+def test_an_image_of_aebad_without_a_domain_is_refused(tmp_path):
+    touch(tmp_path, "AeBAD_S/train/good/same/1.png", "AeBAD_S/test/good/2.png")
+    refused("aebad", tmp_path)
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])

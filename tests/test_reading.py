@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import trees
 from PIL import Image, ImageFilter
@@ -126,14 +125,16 @@ def test_cifar10_is_enlarged_by_lanczos_as_in_uniad(tmp_path):
     np.testing.assert_array_equal(data.decode([image], 48, cache=tmp_path)[0], larger)
 
 
-def test_images_are_found_once_each_and_other_files_and_earlier_pictures_are_told(tmp_path, caplog):
-    for name in "a/2.png", "a/deep/1.jpg", "a/.hidden.png", "b.bmp", "a/new/00000-good-2.png":
+def test_images_are_found_once_each_and_other_files_of_a_folder_are_told(tmp_path, caplog):
+    for name in "a/2.png", "a/deep/1.jpg", "a/.hidden.png", "b.bmp":
         trees.image(tmp_path / name)
-    for name in "a/Thumbs.db", "a/IMG_1.HEIC", "a/new/predictions.csv":
+    for name in "a/Thumbs.db", "a/IMG_1.HEIC", "a/notes.txt", "named":
         (tmp_path / name).touch()
-    found = data.find_images([tmp_path / "a", tmp_path / "b.bmp", tmp_path / "a/2.png"])
-    assert found == [f"{tmp_path}/{name}" for name in ("a/2.png", "a/deep/1.jpg", "b.bmp")]
-    assert re.search("not used: .*/IMG_1.HEIC and 2 more", caplog.text)
+    asked = [tmp_path / name for name in ("a", "b.bmp", "a/2.png", "named")]
+    found = data.find_images(asked)
+    expected = "a/2.png", "a/deep/1.jpg", "b.bmp", "named"
+    assert found == [f"{tmp_path}/{name}" for name in expected]
+    assert re.search("not used: .*/IMG_1.HEIC and 1 more", caplog.text)
     assert "missing.png" in refused(data.find_images, [tmp_path / "a", tmp_path / "missing.png"])
 
 
@@ -246,14 +247,15 @@ def test_weights_are_found_by_name_in_any_order_below_model_and_in_timms_spellin
 UNFIT = {
     "'module.": lambda state: {f"module.{key}": x for key, x in state.items()},
     "1 .*stem.bias": lambda state: {key: x for key, x in state.items() if key != "stem.bias"},
+    "1 .*bias": lambda state: state | {"stem.bias": [0.0]},
     "1 .*stem.weight": lambda state: state | {"stem.weight": torch.ones(4, 3, 5, 5)},
 }
 
 
 @pytest.mark.parametrize("named", UNFIT)
 def test_a_prefix_and_a_missing_or_unfit_tensor_are_refused(tmp_path, named):
-    path = tmp_path / "a.safetensors"
-    safetensors.torch.save_file(UNFIT[named](network().state_dict()), path)
+    path = tmp_path / "a.pt"
+    torch.save(UNFIT[named](dict(network().state_dict())), path)
     assert re.search(named, refused(data.load_weights, network(), path))
 
 
