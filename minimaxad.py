@@ -674,7 +674,8 @@ def train(model, state, args, samples, images, device):
         losses = 0
         for batch in batches:
             part = batch[RANK::WORLD]  # this process's share of the global batch, maybe none
-            image = pixels[part].to(device).permute(0, 3, 1, 2).contiguous().float() / 255
+            image = pixels[part].to(device).permute(0, 3, 1, 2)  # B x S x S x 3 -> B x 3 x S x S
+            image = image.contiguous().float() / 255
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 encoder_maps, decoder_maps = parallel(image)
             maps = encoder_maps, decoder_maps
