@@ -87,7 +87,7 @@ def mvtec(root, cls, good="good", by_domain=False):
             continue
         if split == "ground_truth":
             masks.setdefault(key, str(path))
-        if split not in ("train", "test") or len(folders) < 2:
+        if split not in ("train", "test") or len(folders) < 2 + by_domain:
             continue
 
         kind, *below = folders[:-1]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from PIL import Image
+import trees
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -105,14 +105,14 @@ def call():
     return call
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["mintad", "minimaxad"])
 def script(request):
     return request.param
-
-
-def save(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture(scope="session")
@@ -123,9 +123,9 @@ def photos_to_copy(tmp_path_factory):
         _, train, test = data.load("toy", classes=[cls])
         for sample in train[:6] + test[:2] + test[-2:]:
             name = sample.image.removeprefix("toy:")
-            save(root / f"{name}.png", sample.pixels)
+            trees.save(root / f"{name}.png", sample.pixels)
             if sample.label:
-                save(root / f"{name.replace('/test/', '/ground_truth/')}.png", sample.defect)
+                trees.save(root / f"{name.replace('/test/', '/ground_truth/')}.png", sample.defect)
     return root
 
 

@@ -67,7 +67,6 @@ TRAINED = [  # RUN stands for the folder of a finished run, which has the settin
     ("--eval RUN --predict photos", "--out"),
     ("--eval RUN --predict nowhere --out new", "nowhere"),
     ("--eval RUN --predict ~/here --out new", "/home/me/here"),
-    ("--eval RUN --predict photos --out photos", "photos"),
     ("--eval RUN --predict photos --out new --classes pil", "--classes"),
     ("--eval RUN --predict photos --out new --export net.pt2", "--export"),
     ("--eval RUN --predict photos --out new --distance mahalanobis", "--distance"),  # mintad.py's
@@ -113,7 +112,7 @@ def test_an_unfinished_run_is_not_evaluated(script, tiny_run, call):
 
 # ------------------------------------------------------------------------- defaults and presets
 
-PRESETS = [  # the paper's of minimaxad.py's sets are in test_minimaxad.py
+PRESETS = [
     ("mintad", "--data mvtec", "size=224 epochs=1000 batch_size=32 lr=0.0001 optimizer=adamw"),
     ("mintad", "--data mvtec", "pool=bilinear distance=euclidean weight_decay=0.0001"),
     ("mintad", "--data mvtec", "unified=False query=inr prompt=feature holdout=0.0"),
@@ -129,11 +128,22 @@ PRESETS = [  # the paper's of minimaxad.py's sets are in test_minimaxad.py
     ("mintad", "", "size=128 unified=True weights=none out=runs/mintad-toy-unified"),
     ("mintad", "--no-unified", "unified=False out=runs/mintad-toy-separate"),
     ("minimaxad", "--data visa --loss adc --size 64", "size=64 epochs=130 loss=adc"),
+    ("minimaxad", "--data goodsad", "size=224 crop=0 epochs=240 loss=adc"),
+    ("minimaxad", "--data mad", "size=400 crop=0 epochs=150 loss=adc"),
+    ("minimaxad", "--data mad", "batch_size=16 lr=0.005 p_hard=0.9999 p_lim=0.9995 score=max"),
+    ("minimaxad", "--data mad", "backbone=unireplknet_n gamma=0.995 weight_decay=5e-05"),
+    ("minimaxad", "--data mad --arch rd", "size=400 epochs=200 loss=global batch_size=16 lr=0.005"),
+    ("minimaxad", "--data mad --arch rd", "backbone=wide_resnet50_2.tv_in1k gamma=1.0"),
+    ("minimaxad", "--data mad --arch rd", "weight_decay=0.0"),
+    ("minimaxad", "--data mvtec --unified", "size=256 crop=0 epochs=100 loss=adc"),
+    ("minimaxad", "--data visa --unified", "size=256 crop=0 epochs=100 loss=adc"),
+    ("minimaxad", "--data visa", "size=256 crop=0 epochs=130 loss=global"),
+    ("minimaxad", "--data aebad", "size=256 crop=224 epochs=130 loss=global"),
     ("minimaxad", "--data mvtec", "size=256 epochs=130 loss=global"),
     ("minimaxad", "--data btad --unified", "size=256 epochs=100 loss=adc"),
     ("minimaxad", "--data aebad --unified", "crop=224 epochs=130 loss=global"),
     ("minimaxad", "--data folder --unified", "size=256 epochs=240 loss=adc holdout=0.1"),
-    ("minimaxad", "--data cifar10", "unified=True"),
+    ("minimaxad", "--data cifar10", "unified=True score=mean"),
     ("minimaxad", "--data mad --arch rd --epochs 3", "epochs=3"),
     ("minimaxad", "--bench", "size=256 backbone=unireplknet_n"),
     ("minimaxad", "", "size=128 unified=True weights=none out=runs/minimaxad-toy-unified"),
@@ -145,6 +155,54 @@ def test_typed_wins_over_the_preset_and_that_over_the_default(script, line, expe
     args, _ = MODULES[script].parse_args(line.split())
     found = [f"{key}={getattr(args, key)}" for key in re.findall(r"(\w+)=", expected)]
     assert " ".join(found) == expected
+
+
+NOT_ITS = "--backbone resnet18, --size 256, --literal, --pool area, --distance mahalanobis"
+NOT_ITS += ", --query mlp, --query learned, --prompt label, --prompt image, --no-adapter"
+NOT_ITS += ", --no-cls-loss, --no-prior-loss, --classes screw"
+FIGURES = [  # of the papers, which stand beside their own models only
+    ("mintad", "mvtec --unified --optimizer muon", "mean", "i_auroc=0.986 p_aupr=0.498"),
+    ("mintad", "mvtec --unified --uniad", "screw", "i_auroc=0.875 p_aupr=0.296"),
+    ("mintad", "visa --unified", "mean", "i_auroc=0.957 p_aupr=0.394"),
+    ("mintad", "cifar10", "01234", "i_auroc=0.867"),
+    ("mintad", "mvtec --classes screw", "screw", "i_auroc=0.978"),
+    ("mintad", "mvtec --classes screw", "mean", ""),
+    *[("mintad", f"mvtec --unified {line}", "screw", "") for line in NOT_ITS.split(",")],
+    ("minimaxad", "aebad", "view", "i_auroc=0.859 aupro=0.778"),
+    ("minimaxad", "visa", "mean", "i_auroc=0.964 aupro=0.904"),
+    ("minimaxad", "mvtec --unified", "pill", "i_auroc=0.979"),
+    ("minimaxad", "visa --unified --arch rd", "macaroni2", "i_auroc=0.862"),
+    ("minimaxad", "goodsad", "food_box", "i_auroc=0.789 p_aupr=0.2 aupro=0.839"),
+    ("minimaxad", "goodsad --arch rd", "drink_can", "i_auroc=0.633 p_aupr=0.174 aupro=0.819"),
+    ("minimaxad", "mad --epochs 9", "mean", "i_auroc=0.847"),
+    ("minimaxad", "mvtec --unified --classes pill", "pill", ""),
+    ("minimaxad", "goodsad --classes food_box", "mean", ""),
+    ("minimaxad", "goodsad --size 64", "food_box", ""),
+    ("minimaxad", "goodsad --loss local", "food_box", ""),
+]
+
+
+@pytest.mark.parametrize("script, line, row, expected", FIGURES)
+def test_the_papers_figures_stand_beside_its_own_models_only(script, line, row, expected):
+    args, _ = MODULES[script].parse_args(["--data", *line.split()])
+    figures = MODULES[script].published(args, [*"ab"]).get(row, {})
+    assert {key: str(round(x, 3)) for key, x in figures.items()} == dict(
+        part.split("=") for part in expected.split()
+    )
+
+
+TABLES = [("mintad", "mvtec --unified"), ("mintad", "visa --unified"), ("mintad", "mvtec")]
+TABLES += [("minimaxad", line) for line in ("mvtec --unified", "visa --unified", "goodsad")]
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("script, line", TABLES)
+def test_the_mean_of_the_papers_rows_is_the_one_it_prints(script, line, baseline):
+    flags = {"mintad": ["--uniad"], "minimaxad": ["--arch", "rd"]}[script] if baseline else []
+    args, _ = MODULES[script].parse_args(["--data", *line.split(), *flags])
+    rows = MODULES[script].published(args, [*"ab"])
+    for metric, mean in rows.pop("mean").items():
+        assert np.mean([row[metric] for row in rows.values()]) == pytest.approx(mean, abs=6e-4)
 
 
 @pytest.mark.parametrize("script, defaults", [("mintad", "224 1000"), ("minimaxad", "256 100")])

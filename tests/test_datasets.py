@@ -1,8 +1,6 @@
 """Which images train and test, their labels, classes and masks, and what is told about the rest."""
 
-import random
 import re
-import shutil
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -139,59 +137,44 @@ def test_classes_and_rows_of_joined_sets_carry_the_sets_name(tmp_path):
 # ---------------------------------------------------------------------------------- a user's folder
 
 
-def mangle(root, rng):
-    """Renames, moves, copies or deletes a file or a folder."""
-    paths = sorted(root.rglob("*"))
-    folders = [path for path in paths if path.is_dir()]
-    path = rng.choice([path for path in paths if path.parent != root or rng.random() < 0.2])
-    names = ["good", "Good", "lot1", "test", "train", "ground_truth", ".git", "Thumbs.db", "@eaDir"]
-    names = [path.stem.upper(), f"{path.stem}_mask", "a b", path.name, rng.choice(names)]
-    suffixes = ["", path.suffix, ".PNG", ".jpg", ".gif", ".txt"]
-    name = rng.choice(names) + rng.choice(suffixes if path.is_file() else [""])
-    target = rng.choice([path.parent, *folders]) / name
-    if target.exists() or path in target.parents or rng.random() < 0.1:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif path.is_file() and rng.random() < 0.3:
-        shutil.copy(path, target)
-    else:
-        path.rename(target)
+USED = """
+    train pill pill/train/good/0.png
+    train pill pill/train/good/lot1/0.JPG
+    good pill pill/test/good/a b.tif
+    good pill pill/test/good/lot1/crack/0.png
+    defective pill pill/test/crack/0.bmp pill/ground_truth/crack/0_mask.png
+    defective pill pill/test/crack/1.png pill/ground_truth/crack/1.webp
+    defective pill pill/test/crack/2_mask.png pill/ground_truth/crack/2_mask.png
+    defective pill pill/test/crack/lot1/0.png pill/ground_truth/crack/lot1/0.jpeg
+    defective pill pill/test/lot1/0.png"""
+UNUSED = """0.png train/0.png train/crack/0.png test/0.png test/crack/0.gif test/good/notes.txt
+    ground_truth/0.png ground_truth/crack/0.png ground_truth/crack/1_mask.txt
+    ground_truth/lot2/0.png ground_truth/good/0.png
+    test/crack/.hidden.png test/Thumbs.db/0.png train/good/@eaDir/0.png"""
 
 
-def by_folder(files):
-    """The lines that the layout promises; None: of a tree that is refused."""
-    images = [x for x in files if re.search(r"\.(bmp|jpe?g|png|tiff?|webp)$", str(x), re.I)]
-    lines = set()
-    for path in images:
-        split, kind, *below = path.parts[1:]
-        if split not in ("train", "test") or not below:
-            continue
-        if kind in ("Good", "GOOD"):
-            return None
-        if kind == "good":
-            lines.add(f"{split.replace('test', 'good')} pill {path}")
-        elif split == "test":
-            stem = Path("pill/ground_truth", kind, *below).with_suffix("")
-            masks = [x for x in images if x.with_suffix("") == Path(f"{stem}_mask")]
-            masks += [x for x in images if x.with_suffix("") == stem]
-            lines.add(f"defective pill {path} {masks[0] if masks else ''}".strip())
-    return lines if any(line.startswith("train") for line in lines) else None
+def test_every_file_of_a_class_is_used_as_its_folders_say_or_counted(tmp_path, caplog):
+    expected = USED.split("\n    ")[1:]
+    touch(tmp_path, *re.findall("pill/.*?[.][a-zA-Z]+", USED))
+    touch(tmp_path / "pill", *UNUSED.split())
+    touch(tmp_path, ".trash/train/good/0.png")
+    assert listed(tmp_path, "folder") == set(expected)
+    (told,) = re.findall("not used: .* and (.*) more$", caplog.text, re.MULTILINE)
+    assert 1 + int(told) == len(UNUSED.split()) - 3  # hidden files and other systems' are not
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_every_file_of_a_mangled_tree_is_used_as_its_folders_say_or_counted(pill, caplog, seed):
-    rng = random.Random(seed)
-    for _ in range(rng.randint(1, 4)):
-        mangle(pill, rng)
-    files = [path.relative_to(pill.parent) for path in sorted(pill.rglob("*")) if path.is_file()]
-    files = [path for path in files if not re.search(r"/(\..*|Thumbs\.db|@eaDir)(/|$)", str(path))]
-    expected = by_folder(files)
-    if expected is None:
-        refused("folder", pill.parent)
-        return
-    assert listed(pill.parent, "folder") == expected
-    used = {file for line in expected for file in re.split(" (?=pill/)", line)[1:]}
-    told = re.search(r"not used: .*?(?: and (\d+) more)?$", caplog.text, re.MULTILINE)
-    assert len(files) - len(used) == (1 + int(told[1] or 0) if told else 0)
+ODD = [
+    ("folder", "pill/train/good/0.png pill/test/Good/0.png", "Good"),
+    ("folder", "pill/train/ok/0.png pill/test/good/0.png", "pill/train/good"),
+    ("folder", "", "CLASS/train/good"),
+    ("aebad", "AeBAD_S/train/good/1.png AeBAD_S/test/good/same/2.png", "AeBAD_S/train/good"),
+]
+
+
+@pytest.mark.parametrize("name, files, said", ODD)
+def test_an_odd_layout_is_refused(tmp_path, name, files, said):
+    touch(tmp_path, *files.split())
+    assert said in refused(name, tmp_path)
 
 
 def test_linked_folders_are_followed_and_loops_are_not(pill):
@@ -202,17 +185,6 @@ def test_linked_folders_are_followed_and_loops_are_not(pill):
     (pill / "test/crack/another").symlink_to(pill / "test")
     (pill / "test/crack/above").symlink_to(pill.parents[1])
     assert listed(pill.parent, "folder") == before
-
-
-def test_a_hidden_folder_is_no_class(pill):
-    before = listed(pill.parent, "folder")
-    touch(pill.parent, ".trash/train/good/1.png")
-    assert listed(pill.parent, "folder") == before
-
-
-def test_an_image_of_aebad_without_a_domain_is_refused(tmp_path):
-    touch(tmp_path, "AeBAD_S/train/good/same/1.png", "AeBAD_S/test/good/2.png")
-    refused("aebad", tmp_path)
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])

@@ -262,7 +262,7 @@ def test_a_prefix_and_a_missing_or_unfit_tensor_are_refused(tmp_path, named):
 FILES = {
     "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n",
     "web page": b"\n<!DOCTYPE html><html>not found</html>",
-    "not a readable checkpoint": b"abc",
+    "not a readable checkpoint": b"PK\3\4abc",
 }
 
 
@@ -273,17 +273,12 @@ def test_a_file_that_is_no_checkpoint_is_told_as_what_it_is(tmp_path, name, what
     assert re.search(f"{name}.*{what}", refused(data.read_tensors, tmp_path / name))
 
 
-@pytest.mark.parametrize("place", range(0, 3000, 100))
-def test_a_damaged_checkpoint_has_the_same_tensors_or_is_refused_by_name(tmp_path, place):
-    path, w = tmp_path / "a.pt", torch.arange(500.0)
-    torch.save({"w": w, "epoch": 3}, path)
-    content = bytearray(path.read_bytes())
-    content[place] ^= 255
-    path.write_bytes(content)
-    try:
-        assert torch.equal(data.read_tensors(path)["w"], w)
-    except data.DataError as error:
-        assert str(path) in str(error)
+def test_a_checkpoint_of_other_tensors_than_were_saved_is_refused(tmp_path):
+    w = torch.arange(500.0)
+    torch.save({"w": w}, tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(content.replace(w.numpy().tobytes(), bytes(2000)))
+    assert "a.pt: damaged" in refused(data.read_tensors, tmp_path / "a.pt")
 
 
 class Danger:
