@@ -88,7 +88,7 @@ SETTINGS = {
     "lr": (5e-3, "learning rate"),
     "gamma": (0.995, "the learning rate is multiplied by it after each epoch"),
     "weight_decay": (5e-5, "authors' code 1e-5"),
-    "amp": (False, "train in bfloat16; evaluation is in full precision"),
+    "amp": (False, "train in bfloat16; evaluation is in float32, TF32 on a GPU"),
     "seed": (1, "of weights and batches"),
     "score": (["max", "mean", "top1"], "of a map; top1: the authors' later one, mean of 1 %%"),
     "quantile": (0.99, "of normal images' scores: the limit of --predict"),

@@ -174,4 +174,5 @@ def tiny_runs(photos_to_copy, call, tmp_path_factory):
 
 @pytest.fixture
 def tiny_run(script, tiny, tiny_runs):
+    """The folder of the script's tiny run; as for a run, photos and small networks are there."""
     return tiny_runs[script]

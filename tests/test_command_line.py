@@ -69,8 +69,6 @@ TRAINED = [  # RUN stands for the folder of a finished run, which has the settin
     ("--eval RUN --predict ~/here --out new", "/home/me/here"),
     ("--eval RUN --predict photos --out new --classes pil", "--classes"),
     ("--eval RUN --predict photos --out new --export net.pt2", "--export"),
-    ("--eval RUN --predict photos --out new --distance mahalanobis", "--distance"),  # mintad.py's
-    ("--eval RUN --predict photos --out new --score mean", "--score"),  # minimaxad.py's
     ("--resume", "--out"),
     ("--resume --out nowhere", "nowhere"),
     ("--resume --out RUN --lr 3", "--lr"),
@@ -228,27 +226,23 @@ def test_minimaxad_tells_that_a_setting_is_not_the_papers(script, flag, told, ti
 # ---------------------------------------------------------------------------- evaluating a run
 
 
-def test_eval_of_a_class_gives_its_row_of_a_toy_run_to_the_last_digit(
-    script, toy_run, call, tmp_path
-):
-    flags = "--device", "cpu", "--classes", "weave"
-    call(script, "--eval", toy_run(script), *flags, "--out", tmp_path / "new")
-    assert rows(tmp_path / "new") == {"weave": rows(toy_run(script))["weave"]}
-
-
 def test_eval_finds_images_that_were_moved_and_draws_each(script, tiny_run, call):
     Path("photos").rename("moved")
     call(script, "--eval", tiny_run, "--root", "moved", "--save-maps", "--out", "new")
     assert rows("new") == rows(tiny_run)
     assert len(list(Path("new/maps").glob("*/*.*"))) == 8
+    call(script, "--eval", tiny_run, "--root", "moved", "--classes", "weave", "--out", "weave")
+    assert rows("weave") == {"weave": rows(tiny_run)["weave"]}
 
 
-@pytest.mark.parametrize(
-    "script, flags", [("mintad", "--distance mahalanobis"), ("minimaxad", "--score top1")]
-)
-def test_eval_can_score_in_another_way(script, flags, tiny_run, call):
-    call(script, "--eval", tiny_run, *flags.split(), "--out", "new")
+ANOTHER = {"mintad": ("--distance", "mahalanobis"), "minimaxad": ("--score", "top1")}
+
+
+def test_eval_can_score_in_another_way_but_predict_has_the_runs_limits(script, tiny_run, call):
+    call(script, "--eval", tiny_run, *ANOTHER[script], "--out", "new")
     assert rows("new") != rows(tiny_run)
+    flags = "--predict", "photos", "--out", "verdicts", *ANOTHER[script]
+    assert_refused(call(script, "--eval", tiny_run, *flags), f"{ANOTHER[script][0]} ")
 
 
 @pytest.mark.parametrize("script", ["mintad"])
@@ -258,6 +252,8 @@ def test_a_variant_that_needs_the_class_keeps_its_texts_and_is_told_the_class(sc
     flags = "--uniad --query text --text texts.safetensors --size 128 --out run".split()
     call(script, *tiny, *flags)
     Path("texts.safetensors").unlink()
+    kept = torch.load("run/unified.pt", weights_only=True)["detector"]["model.text"]
+    assert torch.equal(kept, torch.stack([texts["pill"], texts["weave"]]))
     call(script, "--eval", "run", "--out", "new")
     assert rows("new") == rows("run")
     assert_refused(call(script, "--eval", "run", "--predict", "photos", "--out", "1"), "--classes")
@@ -285,6 +281,18 @@ def test_an_exported_program_finds_the_same(script, tiny_run, call):
         assert found == [sample.cls for sample in samples]
 
 
+@pytest.mark.parametrize("script", ["mintad"])
+def test_a_variant_that_needs_the_class_is_exported_with_it(script, tiny, call):
+    for path in sorted(Path("photos/weave/train/good").iterdir())[3:]:  # too few to hold one out
+        path.unlink()
+    call(script, *tiny, "--prompt", "label", "--epochs", 1, "--out", "run")
+    said = call(script, "--eval", "run", "--export", "net.pt2").out
+    assert re.search("class 1: weave, .* normal images", said)
+    network = torch.export.load("net.pt2").module()
+    *_, classes = network(torch.rand(3, 3, 64, 64), torch.tensor([1, 0, 1]))
+    assert classes.tolist() == [1, 0, 1]
+
+
 def test_export_replaces_no_file(script, tiny_run, call):
     Path("mine.pt2").write_text("mine")
     assert_refused(call(script, "--eval", tiny_run, "--export", "mine.pt2"), "mine.pt2")
@@ -306,4 +314,18 @@ def test_without_torchrun_there_is_one_process(script, tiny, monkeypatch):
 def test_bench_measures_the_network_and_the_whole_path(script, tiny, call, monkeypatch):
     predict = metrics.predict
     monkeypatch.setattr(metrics, "predict", lambda paths, *more: predict(paths[:4], *more))
-    assert re.search(r"(?s)batch 1: .*batch 16: .*--predict: ", call(script, "--bench", *tiny).out)
+    out = call(script, "--bench", *tiny).out
+    assert re.search(r"(?s)batch 1: .*batch 16: .*--predict: ", out)
+
+
+def test_bench_counts_what_mintad_weighs_and_multiplies(photos, call, monkeypatch):
+    """Nearly each of its weights multiplies once at each of the 4 x 4 positions."""
+    monkeypatch.setattr(mintad, "predict", lambda *args: None)
+    out = call("mintad", "--bench", "--backbone", "test_efficientnet", "--size", 64).out
+    (weights,) = re.findall("parameters, model: (.*) M", out)
+    (products,) = re.findall("multiply-adds, model: (.*) G", out)
+    args, _ = mintad.parse_args("--bench --backbone test_efficientnet --size 64".split())
+    backbone = mintad.Backbone(args, "none")
+    model = mintad.Detector(args, [*"abcdefghijklmno"], backbone).model
+    assert float(weights) == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, 0.01)
+    assert float(products) == pytest.approx(16 * float(weights) / 1e3, rel=0.1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trees
+from PIL import Image
 from scipy import ndimage, stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -197,6 +198,31 @@ def brightness(images):
     scores = maps.max((1, 2))
     maps[maps == 1] = NAN
     return maps, scores, ["a" if score < 0.4 else "" for score in scores]
+
+
+def test_the_picture_is_bright_where_the_map_is_and_outlines_what_no_normal_image_has(tmp_path):
+    """A map of 20 x 20 that steps from 0 to .4 to .8, of a grey photo of 100 x 100."""
+    s = np.zeros((1, 20, 20))
+    s[:, 6:14, :14] = 0.4
+    s[:, 6:14, 6:14] = 0.8
+    path = trees.save(tmp_path / "photo.png", np.full((100, 100, 3), 90, np.uint8))
+    metrics.predict([path], lambda images: (s, [0.8], [""]), NORMAL, 0.99, tmp_path, 1, 20)
+    (picture,) = tmp_path.glob("00000-defective-photo.jpg")
+    heat = np.asarray(Image.open(picture).convert("L"))[:100, 100:200].astype(int)
+    cold, warm, hot = heat[5, 5], heat[50, 15], heat[50, 50]
+    assert cold + 20 < warm < hot - 20
+    rim = np.zeros((100, 100), bool)
+    rim[25:75, 25:75] = True  # where the map passes the scale's peak
+    rim[40:60, 40:60] = False
+    assert heat[rim].max() > 240 > heat[~rim].max()
+
+
+def test_strips_sorted_by_name_begin_with_the_highest_score(tmp_path):
+    samples, scores, maps, masks = row_of_the_table()
+    images = np.zeros((8, 6, 6, 3), np.uint8)
+    metrics.save_maps(tmp_path, images, samples, scores, maps, masks, NORMAL)
+    order = [int(path.stem[-1]) for path in sorted(tmp_path.iterdir())]
+    assert order == np.argsort(-scores).tolist()
 
 
 def test_every_file_has_a_row_in_the_given_order(tmp_path, caplog):

@@ -268,6 +268,12 @@ def test_the_baseline_has_the_weights_of_reverse_distillation():
     assert [sum(p.numel() for p in part.parameters()) for part in parts] == expected
 
 
+def test_the_baselines_decoder_gives_maps_of_the_encoders_sizes():
+    model = minimaxad.MiniMaxAD(minimaxad.load_encoder("test_resnet", "none"), "rd")
+    maps = model(IMAGES)
+    assert [x.shape for x in maps[0]] == [x.shape for x in maps[1]]
+
+
 # -------------------------------------------------------------------------------------- the losses
 
 
@@ -390,6 +396,8 @@ def test_each_epoch_takes_each_image_once_in_an_order_of_its_own(tmp_path):
     first, second, *_ = images_seen(tmp_path, "--epochs 2")
     assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4]
     assert first != second
+    other, *_ = images_seen(tmp_path, "--epochs 1 --seed 2")
+    assert other != first
 
 
 def test_the_threshold_is_found_with_images_held_back_from_training(tmp_path):
@@ -397,16 +405,22 @@ def test_the_threshold_is_found_with_images_held_back_from_training(tmp_path):
     assert (sorted(batch), held) == ([1, 3, 4], [0, 2])
 
 
-def test_the_log_tells_how_many_pixels_are_mined_and_how_the_encoders_maps_vary(tmp_path, caplog):
+def test_the_log_tells_the_loss_the_mined_pixels_and_how_maps_vary(tmp_path, caplog):
+    """The mean loss of the batches, here of two images and of one; the rest of the last batch."""
     caplog.set_level("INFO")
     model = small_model()
-    train(model, PIXELS, tmp_path, "--lr 0 --p-hard 0.8 --p-lim 0.9")
+    train(model, PIXELS[[0] * 3], tmp_path, "--lr 0 --p-hard 0.8 --p-lim 0.9 --batch-size 2")
     model.train().encoder.eval()
-    maps = model(IMAGES)
-    S = minimaxad.anomaly_map(*maps, 64, "nearest")
+    losses = []
+    for count in 2, 1:
+        maps = model(IMAGES[[0] * count])
+        S = minimaxad.anomaly_map(*maps, 64, "nearest")
+        losses.append(minimaxad.adc_loss(S, 0.8, 0.9).item())
     mined = (S**2 >= S.quantile(0.8) - S.var()).sum()
-    variance = sum((e / e.norm(dim=1, keepdim=True)).var(correction=0) for e in maps[0])
-    assert re.search(rf"\b{mined}\b.*\b{variance:.4f}", caplog.text)
+    e, d = (sum((x / x.norm(dim=1, keepdim=True)).var(correction=0) for x in xs) for xs in maps)
+    line = "adc loss (.*), mined by Eq. 8 (.*) of 4096 .*encoder's maps (.*), the decoder's (.*), "
+    found = map(float, re.search(line, caplog.text).groups())
+    assert [*found] == pytest.approx([np.mean(losses), mined, e.item(), d.item()], rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------- map and score

@@ -114,7 +114,9 @@ def test_part_has_the_papers_weights(part, count):
         ("inr.synthesis.1.weight", 0, math.sqrt(6 / 256 / 3)),
         ("inr.modulation.0.weight", 0, math.sqrt(2 / 4)),
         ("inr.modulation.1.weight", 0, math.sqrt(2 / 256)),
+        ("inr.modulation.0.bias", 0, 0),
         ("transformer.row_embed.weight", 1 / 2, 1 / math.sqrt(12)),  # UniAD's: from 0 to 1
+        ("transformer.col_embed.weight", 1 / 2, 1 / math.sqrt(12)),
         ("transformer.decoder.0.linear1.weight", 0, math.sqrt(2 / 1280)),  # Xavier's
         ("transformer.decoder.0.linear1.bias", 0, 0),
     ],
@@ -260,27 +262,32 @@ def test_a_variant_is_its_parts_put_together(line):
     model.std = torch.rand(C) + 0.5
     f = torch.randn(B, P, C)
 
-    f_ = model.adapter((f - model.mean) / model.std)
-    z = logits = gaussian = None
+    without = re.findall("--no-(adapter|cls|prior)", line)
+    expected = []
+    f_ = (f - model.mean) / model.std
+    if "adapter" not in without:
+        f_ = F.linear(f_, model.adapter.weight, model.adapter.bias)
     if "label" in line:
         z = model.token(F.one_hot(LABEL, K).float())
     elif "image" in line:
         z = model.token(f_.mean(1))
-    elif hasattr(model, "token"):
+    elif len(without) < 3:
         z, logits = model.token(f_)
-    if hasattr(model, "inr"):
+        expected += [] if "cls" in without else [logits]
+    if "mlp" in line:  # Sec. 0.B.6, without the prior
+        one, two, three = linears(model.mlp)
+        q = three(two(one(z).relu()).relu()).view(B, P, D)
+    elif "prior" not in without or line.count("learned") == 0:
         q = model.inr(model.positions, z)
-    if hasattr(model, "distribution"):
+    if "prior" not in without and "mlp" not in line:
         one, two, three = linears(model.distribution)  # Table 14
         three.weight *= 100
         mu, log_sigma = three(F.leaky_relu(two(F.leaky_relu(one(q))))).chunk(2, -1)
-        gaussian = mu, log_sigma.clamp(-5, 5)
+        expected.append((mu, log_sigma.clamp(-5, 5)))
     if "learned" in line:
         q = model.learned.expand(B, P, D)
-    if "mlp" in line:
-        q = model.mlp(z)
     r = reference(model.transformer, f_, [q, q])  # the same in each layer
-    close(in_training(model, f), [x for x in (f_, r, logits, gaussian) if x is not None])
+    close(in_training(model, f), [f_, r, *expected])
 
 
 @pytest.mark.parametrize("line", [*VARIANTS, "--uniad", "--uniad --query token"])
@@ -312,8 +319,13 @@ def test_loss_is_equation_6_and_detaches_nothing(line, literal, factor):
     prior = -torch.distributions.Normal(mu, sigma).log_prob(f_).mean()  # Eq. 4
     mse = ((r - f_) ** 2).mean()  # Eq. 5
     expected = mse + 1.0 * ce + 0.1 * prior - factor * torch.linalg.det(W).abs().log() / C
-    found, _ = mintad.objective(model, (f_, r, logits, (mu, sigma.log())), LABEL, literal)
+    found, logged = mintad.objective(model, (f_, r, logits, (mu, sigma.log())), LABEL, literal)
     close(found, expected)
+    log_det = torch.linalg.det(W).abs().log() / C if factor else torch.tensor(0.0)
+    accuracy = (logits.argmax(1) == LABEL).float().mean()
+    values = {"mse": mse, "std f'": f_.std(), "ce": ce, "accuracy": accuracy}
+    values |= {"log det": log_det, "prior": prior - log_det}
+    close(logged, {key: values[key] for key in logged})
     close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
 
 
@@ -347,6 +359,7 @@ def pooled_maximum(s):
         ("--pool area", False, torch.max),  # the cells do
         ("--data cifar10", True, torch.mean),
         ("--uniad", True, pooled_maximum),
+        ("--uniad --data cifar10", True, torch.mean),
     ],
 )
 def test_map_is_the_residuals_length_enlarged_and_gives_the_score(line, aligned, score):
@@ -398,6 +411,7 @@ WARM = [1e-4 * (1 + step / 100) for step in range(8)]
     "line, rates",
     [
         ("", [1e-4] * 8 + [1e-5] * 2),
+        ("--lr 5e-4", WARM + [5e-5] * 2),
         ("--optimizer muon --lr 5e-4 --weight-decay 9 --literal", WARM + [1e-4, 5e-5]),
     ],
 )
@@ -447,6 +461,8 @@ def test_each_epoch_has_all_images_but_held_out_ones_and_its_own_order_and_noise
     assert [*first] != [*second]
     noise, other = (random for _, random in steps[:: len(steps) // 2])
     assert not torch.equal(noise, other)
+    *_, steps = train(f"{line} --seed 2")
+    assert steps[0][0] != order[:9]
 
 
 @pytest.mark.parametrize("line, index", [("", range(40)), ("--holdout 0.3", HELD)])

@@ -124,6 +124,27 @@ def cifar10(root, train):
     return SimpleNamespace(data=images, targets=list(range(10)) * 2)
 
 
+def test_an_image_that_trains_and_tests_is_told(script, tiny, call):
+    shutil.copy("photos/pill/train/good/000.png", "photos/pill/test/good/copy.png")
+    assert "copy.png is photos/pill/train" in call(script, *tiny, "--epochs", 1).out
+
+
+@pytest.mark.parametrize("script", ["minimaxad"])
+def test_what_crop_cuts_away_makes_no_difference(script, tiny, call):
+    flags = *tiny, "--epochs", 1, "--size", 80, "--crop", 64
+    call(script, *flags, "--out", "one")
+    call(script, "--eval", "one", "--predict", "photos/pill/test", "--out", "verdicts")
+    for path in Path("photos").glob("*/*/*/*.png"):
+        framed = Image.new("RGB", (128, 128), "green")
+        framed.paste(Image.open(path).crop((8, 8, 120, 120)), (8, 8))
+        framed.save(path)
+    call(script, *flags, "--out", "other")
+    assert_same_run("one", "other")
+    call(script, "--eval", "other", "--predict", "photos/pill/test", "--out", "verdicts2")
+    one, other = (Path(x, "predictions.csv").read_text() for x in ("verdicts", "verdicts2"))
+    assert one == other
+
+
 def test_cifar10_is_tested_on_all_classes(script, tiny, call, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10)
     call(script, *tiny, "--data", "cifar10", "--normals", "13579", "--epochs", 1, "--out", "run")
