@@ -252,7 +252,8 @@ def test_a_variant_that_needs_the_class_keeps_its_texts_and_is_told_the_class(sc
     flags = "--uniad --query text --text texts.safetensors --size 128 --out run".split()
     call(script, *tiny, *flags)
     Path("texts.safetensors").unlink()
-    kept = torch.load("run/unified.pt", weights_only=True)["detector"]["model.text"]
+    state = torch.load("run/unified.pt", map_location="cpu", weights_only=True)
+    kept = state["detector"]["model.text"]
     assert torch.equal(kept, torch.stack([texts["pill"], texts["weave"]]))
     call(script, "--eval", "run", "--out", "new")
     assert rows("new") == rows("run")

@@ -252,7 +252,7 @@ def test_uniad_has_table_4s_queries(query):
 
 VARIANTS = ["", "--query mlp", "--query learned", "--prompt label", "--prompt image"]
 VARIANTS += ["--query learned --no-prior-loss --no-cls-loss --no-adapter"]
-VARIANTS += ["--no-prior-loss", "--no-cls-loss", "--no-adapter"]
+VARIANTS += ["--no-prior-loss", "--no-cls-loss", "--no-adapter", "--no-cls-loss --no-prior-loss"]
 
 
 @pytest.mark.parametrize("line", VARIANTS)
