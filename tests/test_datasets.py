@@ -81,6 +81,7 @@ def test_the_layout_of_a_set(tmp_path, caplog, name):
 VISA = """\ufeffobject,split,label,image,mask\r
 pcb1,train,normal,pcb1/Data/Images/Normal/0.JPG,\r
 pcb1,test,normal,pcb1/Data/Images/Normal/1.JPG,\r
+pcb2,train,normal,pcb2/Data/Images/Normal/0.JPG,\r
 pcb1,test,anomaly,pcb1/Data/Images/Anomaly/0.JPG,pcb1/Data/Masks/Anomaly/0.png\r
 """
 
@@ -90,6 +91,7 @@ def test_visas_csv_tells_split_label_and_mask_also_after_windows(tmp_path):
     (tmp_path / "split_csv/1cls.csv").write_text(VISA, newline="")
     assert listed(tmp_path, "visa") == {
         "train pcb1 pcb1/Data/Images/Normal/0.JPG",
+        "train pcb2 pcb2/Data/Images/Normal/0.JPG",
         "good pcb1 pcb1/Data/Images/Normal/1.JPG",
         "defective pcb1 pcb1/Data/Images/Anomaly/0.JPG pcb1/Data/Masks/Anomaly/0.png",
     }

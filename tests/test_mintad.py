@@ -385,9 +385,10 @@ TRAINED = np.delete(range(40), HELD)
 
 @cache
 def train(line):
-    """Two epochs of five steps on IMAGES: the model before them, detector, state; and of each step
-    which images it took and the random state."""
+    """Two epochs of five steps on IMAGES: the model before them, detector, state, the last line of
+    the log; and of each step which images it took and the random state."""
     steps = []
+    said = []
 
     def see(model, inputs):
         if model.training:
@@ -400,8 +401,10 @@ def train(line):
         model = deepcopy(detector.model)
         detector.model.register_forward_pre_hook(see)
         state = mintad.new_state(settings(line), [*"abc"])
-        mintad.fit(detector, state, settings(line), SAMPLES, IMAGES, torch.device("cpu"))
-    return model, detector, state, steps
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mintad.log, "info", said.append)
+            mintad.fit(detector, state, settings(line), SAMPLES, IMAGES, torch.device("cpu"))
+    return model, detector, state, said[-1], steps
 
 
 WARM = [1e-4 * (1 + step / 100) for step in range(8)]
@@ -418,7 +421,7 @@ WARM = [1e-4 * (1 + step / 100) for step in range(8)]
 def test_training_is_this_loop(line, rates):
     """On the batches and with the noise that it saw."""
     args = settings(line)
-    start, detector, _, steps = train(line)
+    start, detector, _, said, steps = train(line)
     model = deepcopy(start)
     model.mean = FEATURES.mean((0, 1))
     model.std = FEATURES.std((0, 1))
@@ -432,10 +435,12 @@ def test_training_is_this_loop(line, rates):
         optimizers.append((muon, 4))
     adamw = torch.optim.AdamW(others.values(), weight_decay=args.weight_decay)
     optimizers.append((adamw, 1))
+    values = []
     for (index, random), rate in zip(steps, rates, strict=True):
         torch.set_rng_state(random)
         outputs = model(FEATURES[index], LABELS[index])
-        loss, _ = mintad.objective(model, outputs, LABELS[index], args.literal)
+        loss, logged = mintad.objective(model, outputs, LABELS[index], args.literal)
+        values.append(torch.stack([*logged.values()]) * len(index) / 40)
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -445,6 +450,8 @@ def test_training_is_this_loop(line, rates):
     models = start, model, detector.model
     start, expected, found = (nn.utils.parameters_to_vector(m.parameters()) for m in models)
     assert (found - expected).norm() < 1e-3 * (expected - start).norm()
+    told = [re.search(rf"{name} (\S+),", said)[1] for name in logged]
+    assert [*map(float, told)] == pytest.approx(sum(values[5:]).tolist(), rel=1e-2, abs=1e-4)
 
 
 def test_a_channel_that_hardly_moves_is_not_blown_up():
@@ -467,7 +474,7 @@ def test_each_epoch_has_all_images_but_held_out_ones_and_its_own_order_and_noise
 
 @pytest.mark.parametrize("line, index", [("", range(40)), ("--holdout 0.3", HELD)])
 def test_normal_scores_are_of_the_held_out_or_else_the_training_images(line, index):
-    _, detector, state, _ = train(line)
+    _, detector, state, *_ = train(line)
     expected = detector(PIXELS[[*index]])[1].tolist()
     assert state["normal"][""]["scores"] == pytest.approx(expected, rel=1e-4)
 
@@ -475,7 +482,7 @@ def test_normal_scores_are_of_the_held_out_or_else_the_training_images(line, ind
 @pytest.mark.parametrize("line", ["", "--no-cls-loss"])
 def test_mahalanobis_distance_is_by_the_training_images_of_the_class(line):
     """By their residuals in evaluation mode; by all images' where the class is unknown."""
-    _, detector, _, _ = train(line)
+    _, detector, *_ = train(line)
     f_, r, _, _ = detector.model(FEATURES, LABELS)
     d = (f_ - r).detach().double().numpy()  # 40 x P x C
     quarter = np.add.outer([0, 0, 0, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1]).flatten()  # P
