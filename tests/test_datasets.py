@@ -241,3 +241,13 @@ HELD_OUT = [
 def test_an_even_share_of_each_class_but_never_all_is_held_out(classes, share, expected):
     samples = [data.Sample("", 0, cls, cls) for cls in classes]
     assert np.flatnonzero(data.hold_out(samples, share)).tolist() == expected
+
+
+def test_the_digest_of_a_run_is_of_its_images_names_and_sizes_wherever_they_lie(tmp_path):
+    digests = {}
+    for name, content in ("a/1", "x"), ("b/1", "y"), ("b/2", "x"), ("c/1", "xx"):
+        touch(tmp_path, name)
+        (tmp_path / name).write_text(content)
+        digests[name] = data.digest([data.Sample(str(tmp_path / name), 0, "", "")])
+    assert digests["a/1"] == digests["b/1"]
+    assert len(set(digests.values())) == 3

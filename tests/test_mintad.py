@@ -109,6 +109,7 @@ def test_part_has_the_papers_weights(part, count):
         ("token.class_encoder.0.weight", 0, math.sqrt(2 / 272)),  # Kaiming's
         ("token.channel_encoder.0.weight", 0, math.sqrt(2 / 196)),  # its input: 196 softmaxes
         ("token.head.weight", 0, 5),
+        ("token.head.bias", 0, 0),
         ("positions", 0, 1),
         ("inr.synthesis.0.weight", 0, 30 / 3 / math.sqrt(3)),  # SIREN's, with its omega of 30
         ("inr.synthesis.1.weight", 0, math.sqrt(6 / 256 / 3)),

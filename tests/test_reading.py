@@ -172,7 +172,7 @@ def test_any_value_is_defect_and_odd_masks_are_named(tmp_path, caplog, kind):
 FITS = [(24, 40), (48, 80), (11, 19)]  # the last but for rounding
 
 
-@pytest.mark.parametrize("shape", [*FITS, (40, 24), (48, 40), (1, 40)])
+@pytest.mark.parametrize("shape", [*FITS, (40, 24), (48, 40), (24, 37)])
 def test_a_turned_mask_or_one_of_another_aspect_is_refused(tmp_path, shape):
     photo = trees.save(tmp_path / "photo.png", WIDE)
     found = sample(photo, trees.save(tmp_path / "mask.png", np.ones(shape, bool)))
