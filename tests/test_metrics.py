@@ -217,12 +217,34 @@ def test_the_picture_is_bright_where_the_map_is_and_outlines_what_no_normal_imag
     assert heat[rim].max() > 240 > heat[~rim].max()
 
 
-def test_strips_sorted_by_name_begin_with_the_highest_score(tmp_path):
-    samples, scores, maps, masks = row_of_the_table()
-    images = np.zeros((8, 6, 6, 3), np.uint8)
-    metrics.save_maps(tmp_path, images, samples, scores, maps, masks, NORMAL)
-    order = [int(path.stem[-1]) for path in sorted(tmp_path.iterdir())]
-    assert order == np.argsort(-scores).tolist()
+def test_strips_of_image_mask_and_heat_begin_with_the_highest_score(tmp_path):
+    samples, scores, _, _ = row_of_the_table()
+    images = np.full((8, 32, 32, 3), 90, np.uint8)
+    maps = np.zeros((8, 32, 32))
+    metrics.save_maps(tmp_path, images, samples, scores, maps, maps == 0, NORMAL)
+    paths = sorted(tmp_path.iterdir())
+    assert [int(path.stem[-1]) for path in paths] == np.argsort(-scores).tolist()
+    image, mask, heat = np.split(np.asarray(Image.open(paths[0]))[:32, :96], 3, axis=1)
+    np.testing.assert_allclose(image.mean((0, 1)), [90, 90, 90], atol=5)
+    np.testing.assert_allclose(mask.mean((0, 1)), [255, 255, 255], atol=5)
+    np.testing.assert_allclose(
+        heat.mean((0, 1)), 0.55 * 90 + 0.45 * np.array(metrics.RAMP[0]), atol=5
+    )
+
+
+def test_photos_are_read_a_few_batches_ahead_whatever_their_number(tmp_path, monkeypatch):
+    paths = [trees.image(tmp_path / f"{i}.png") for i in range(40)]
+    read, judged, ahead = [], [], []
+    read_image = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path: read.append(path) or read_image(path))
+
+    def judge(images):
+        judged.extend(images)
+        ahead.append(len(read) - len(judged))
+        return brightness(images)
+
+    metrics.predict(paths, judge, NORMAL, 0.99, tmp_path, 2, 16)
+    assert max(ahead) <= 3 * 2
 
 
 def test_every_file_has_a_row_in_the_given_order(tmp_path, caplog):
