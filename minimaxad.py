@@ -626,24 +626,8 @@ def infer(detector, images, device):
 # ---------------------------------------------------------------------------------------- training
 
 
-def train(model, state, args, samples, images, device):
-    """Train bottleneck and decoder on uint8 images N x S x S x 3 of the state's classes.
-
-    Goes on where the state stopped. Leaves checkpoints in args.out, of which the last one has what
-    --predict needs, too.
-    """
-    index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
-    held = data.hold_out([samples[i] for i in index], args.holdout)
-    calibration = index[held] if held.any() else index
-    index = index[~held]
-    digest = data.digest([samples[i] for i in index])
-    if state["digest"] not in (None, digest):
-        raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
-    state["digest"] = digest
-    pixels = torch.from_numpy(images[index])
-    if device.type == "cuda" and pixels.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]:
-        pixels = pixels.to(device)
-
+def train(model, pixels, state, args, device):
+    """Train bottleneck and decoder on images, uint8 N x S x S x 3, from where the state stopped."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"weight_decay": args.weight_decay, "fused": True}
     if args.arch == "rd":
@@ -667,7 +651,7 @@ def train(model, state, args, samples, images, device):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.gamma**epoch  # ExponentialLR
         seed = 1_000_003 * args.seed + epoch
-        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
         batches = order.to(pixels.device).split(args.batch_size)
         model.train()
         model.encoder.eval()
@@ -677,8 +661,7 @@ def train(model, state, args, samples, images, device):
             image = pixels[part].to(device).permute(0, 3, 1, 2)  # B x S x S x 3 -> B x 3 x S x S
             image = image.contiguous().float() / 255
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                encoder_maps, decoder_maps = parallel(image)
-            maps = encoder_maps, decoder_maps
+                maps = parallel(image)
             loss = objective(args, maps, size)
             optimizer.zero_grad()
             (loss * WORLD).backward()  # DistributedDataParallel takes the mean over processes
@@ -688,20 +671,46 @@ def train(model, state, args, samples, images, device):
         loss = total(losses).item() / len(batches)
         if not nn.utils.parameters_to_vector(parameters).isfinite().all():
             raise data.DataError(f"diverged in epoch {epoch + 1}: lower --lr")
-        with torch.no_grad():  # of the last batch: Fig. 4a and 3c
-            everything = all_pixels(anomaly_map(*maps, size, "nearest"))
-            threshold = adc_threshold(everything, args.p_hard, args.p_lim)
-            mined = (everything.square() >= threshold).sum()
-            e, d = (sum(F.normalize(x.float(), dim=1).var(correction=0) for x in xs) for xs in maps)
-        log.info(
-            f"{state['name']} epoch {epoch + 1}/{args.epochs}: {args.loss} loss {loss:.5f}, "
-            f"mined by Eq. 8 {mined} of {len(everything)} pixels, variance of the encoder's maps "
-            f"{e:.5f}, the decoder's {d:.5f}, {time.time() - start:.1f} s"
-        )
+        text = f"{args.loss} loss {loss:.5f}, {last_batch(args, maps, size)}"
+        seconds = time.time() - start
+        log.info(f"{state['name']} epoch {epoch + 1}/{args.epochs}: {text}, {seconds:.1f} s")
         state["epoch"] = epoch + 1
         if time.time() - saved_at > SAVE_EVERY:
             save(args, state, model, optimizer.state_dict())
             saved_at = time.time()
+
+
+@torch.no_grad()
+def last_batch(args, maps, size):
+    """Text: the pixels that Eq. 8 mines (Fig. 4a), the variance of normalised maps (Fig. 3c)."""
+    pixels = all_pixels(anomaly_map(*maps, size, "nearest"))
+    mined = (pixels.square() >= adc_threshold(pixels, args.p_hard, args.p_lim)).sum()
+    variances = []
+    for scales in maps:  # the encoder's, the decoder's
+        variances.append(sum(F.normalize(x.float(), dim=1).var(correction=0) for x in scales))
+    e, d = variances
+    return (
+        f"mined by Eq. 8 {mined} of {len(pixels)} pixels, "
+        f"variance of the encoder's maps {e:.5f}, the decoder's {d:.5f}"
+    )
+
+
+def fit(model, state, args, samples, images, device):
+    """Train on the samples of the state's classes, uint8 images N x S x S x 3; then find what
+    --predict needs. Leaves checkpoints in args.out."""
+    index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
+    held = data.hold_out([samples[i] for i in index], args.holdout)
+    calibration = index[held] if held.any() else index
+    index = index[~held]
+    digest = data.digest([samples[i] for i in index])
+    if state["digest"] not in (None, digest):
+        raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
+    state["digest"] = digest
+
+    pixels = torch.from_numpy(images[index])
+    if device.type == "cuda" and pixels.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]:
+        pixels = pixels.to(device)
+    train(model, pixels, state, args, device)
 
     calibration = calibration[:: math.ceil(len(calibration) / 1000)]  # a thousand will do
     S, scores = infer(Detector(args, model), images[calibration], device)
@@ -760,7 +769,7 @@ def run(args, states, device):
         torch.manual_seed(args.seed)
         model = make_model(args, state, encoder).to(device)
         if state["normal"] is None:
-            train(model, state, args, train_samples, images, device)
+            fit(model, state, args, train_samples, images, device)
         if RANK == 0:
             results |= evaluate(model, state, args, test, test_images, masks, device)
     if args.eval and not results:

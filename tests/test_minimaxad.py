@@ -336,7 +336,7 @@ def train(model, pixels, folder, flags=""):
     args = settings(f"--size 72 --crop 64 --holdout 0 --epochs 1 --out {folder} {flags}")
     samples = [data.Sample("toy", 0, "a", "", pixels=x) for x in pixels]
     state = minimaxad.new_state(args, ["a"])
-    minimaxad.train(model, state, args, samples, pixels, torch.device("cpu"))
+    minimaxad.fit(model, state, args, samples, pixels, torch.device("cpu"))
 
 
 LOSSES = {
@@ -420,7 +420,7 @@ def test_the_log_tells_the_loss_the_mined_pixels_and_how_maps_vary(tmp_path, cap
     e, d = (sum((x / x.norm(dim=1, keepdim=True)).var(correction=0) for x in xs) for xs in maps)
     line = "adc loss (.*), mined by Eq. 8 (.*) of 4096 .*encoder's maps (.*), the decoder's (.*), "
     found = map(float, re.search(line, caplog.text).groups())
-    assert [*found] == pytest.approx([np.mean(losses), mined, e.item(), d.item()], rel=1e-3)
+    assert [*found] == pytest.approx([np.mean(losses), mined.item(), e.item(), d.item()], rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------- map and score
