@@ -206,7 +206,8 @@ def test_the_picture_is_bright_where_the_map_is_and_outlines_what_no_normal_imag
     s[:, 6:14, :14] = 0.4
     s[:, 6:14, 6:14] = 0.8
     path = trees.save(tmp_path / "photo.png", np.full((100, 100, 3), 90, np.uint8))
-    metrics.predict([path], lambda images: (s, [0.8], [""]), NORMAL, 0.99, tmp_path, 1, 20)
+    normal = {"": {"low": 3.0, "peak": 4.0, "high": 5.0, "scores": [4.0]}, "a": NORMAL[""]}
+    metrics.predict([path], lambda images: (s, [0.8], ["a"]), normal, 0.99, tmp_path, 1, 20)
     (picture,) = tmp_path.glob("00000-defective-photo.jpg")
     heat = np.asarray(Image.open(picture).convert("L"))[:100, 100:200].astype(int)
     cold, warm, hot = heat[5, 5], heat[50, 15], heat[50, 50]

@@ -103,7 +103,10 @@ def test_unireplknet_n_gives_the_authors_features(encoder_n):
 
 
 def test_a_loaded_encoder_is_frozen(encoder_n):
-    assert not [p for p in encoder_n.parameters() if p.requires_grad]
+    for encoder in encoder_n, minimaxad.load_encoder("test_efficientnet", "none"):
+        assert not [p for p in encoder.parameters() if p.requires_grad]
+        norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert not [norm for norm in norms if norm.training]
 
 
 def test_the_fused_network_takes_the_papers_119_mb(encoder_n):
