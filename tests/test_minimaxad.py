@@ -315,6 +315,16 @@ def test_the_adc_loss_is_equation_8(largest, p_lim):
     assert found == pytest.approx([equation_8(S, p, p_lim) for p in p_hard])
 
 
+@pytest.mark.parametrize("largest", [1, 0.5])  # of which Eq. 8 takes alpha, then beta
+def test_the_losses_quantiles_are_the_papers_by_default(largest):
+    S = largest * np.random.default_rng(0).random((2, 50, 50)) ** 9
+    assert minimaxad.adc_loss(torch.tensor(S)).item() == pytest.approx(
+        equation_8(S, 0.9999, 0.9995)
+    )
+    hard = S**2 >= np.quantile(S**2, 0.9995)
+    assert minimaxad.local_hm_loss(torch.tensor(S)).item() == pytest.approx((S[hard] ** 2).mean())
+
+
 def test_the_local_losses_are_equations_7_and_9():
     S = torch.arange(13.0).view(1, 1, 13)
     assert minimaxad.local_loss(S) == sum(i**2 for i in range(13)) / 13
