@@ -91,7 +91,6 @@ SETTINGS = {
     "amp": (False, "train in bfloat16; evaluation is in float32, TF32 on a GPU"),
     "seed": (1, "of weights and batches"),
     "score": (["max", "mean", "top1"], "of a map; top1: the authors' later one, mean of 1 %%"),
-    "quantile": (0.99, "of normal images' scores: the limit of --predict"),
 }
 ACTIONS = {
     "out": (None, "a new or empty folder; default runs/minimaxad-DATA-SETTING"),
@@ -99,22 +98,31 @@ ACTIONS = {
     "eval": (None, "evaluate a checkpoint, or all of a run's folder"),
     "save_maps": (False, "a picture of each test image"),
     "predict": (None, "with --eval: image files and folders to judge"),
+    "quantile": (0.99, "of normal images' scores: the limit of --predict"),
     "export": (None, "with --eval: write a torch.export program, FILE.pt2"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "or cuda:N, mps"),
     "bench": (False, "speed and cost, no data needed"),
 }
-# (set, unified). Feature-rich sets take adc (MiniMaxAD-fr), the others global (MiniMaxAD-fp).
+# Feature-rich sets take adc (MiniMaxAD-fr), the others global (MiniMaxAD-fp). Unified models have
+# the defaults (for VisA the authors' code has 160 epochs).
+SEPARATE = {  # a model per class; sets that are not here, and not the paper's, are as VisA
+    "goodsad": {"size": 224, "epochs": 240},
+    "mad": {"size": 400, "epochs": 150},
+    "visa": {"epochs": 130, "loss": "global"},  # authors' code 150 epochs
+}
 PRESETS = {
-    ("goodsad", False): {"size": 224, "epochs": 240, "loss": "adc"},
-    ("mad", False): {"size": 400, "epochs": 150, "loss": "adc"},
-    ("mvtec", True): {"size": 256, "epochs": 100, "loss": "adc"},
-    ("visa", True): {"size": 256, "epochs": 100, "loss": "adc"},  # authors' code 160 epochs
-    ("visa", False): {"size": 256, "epochs": 130, "loss": "global"},  # authors' code 150 epochs
-    ("aebad", False): {"size": 256, "crop": 224, "epochs": 130, "loss": "global"},
-    # The paper has none for these: its nearest set's
-    ("folder", True): {"size": 256, "epochs": 240, "loss": "adc", "holdout": 0.1},
-    ("folder", False): {"size": 256, "epochs": 240, "loss": "adc", "holdout": 0.1},
-    ("cifar10", True): {"size": 256, "epochs": 100, "loss": "adc", "score": "mean"},
+    "aebad": {"crop": 224, "epochs": 130, "loss": "global"},
+    "folder": {"epochs": 240, "loss": "adc", "holdout": 0.1},
+    "cifar10": {"unified": True, "epochs": 100, "loss": "adc", "score": "mean"},
+    "toy": {
+        "unified": True,
+        "size": 128,
+        "epochs": 3,
+        "loss": "adc",
+        "backbone": "unireplknet_a",
+        "weights": "none",
+        "holdout": 0.1,
+    },
 }
 RD = {  # Reverse Distillation's own
     "backbone": "wide_resnet50_2.tv_in1k",
@@ -122,14 +130,6 @@ RD = {  # Reverse Distillation's own
     "gamma": 1.0,
     "weight_decay": 0.0,
     "loss": "global",
-}
-TOY = {
-    "unified": True,
-    "size": 128,
-    "epochs": 3,
-    "backbone": "unireplknet_a",
-    "weights": "none",
-    "holdout": 0.1,
 }
 
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun
@@ -750,7 +750,7 @@ def run(args, states, device):
     masks = data.decode_masks(test, args.size, args.crop)
     test_images = data.decode(test, args.size, args.crop)
     images = None
-    if not states:
+    if not args.eval:
         if args.weights == "none":
             log.info("warning: the encoder is untrained: good to see the code run, not for results")
         if (args.data, args.unified) not in TABLES:
@@ -760,7 +760,9 @@ def run(args, states, device):
         images = data.decode(train_samples, args.size, args.crop)
         data.warn_of_copies(train_samples, images, test, test_images)
         groups = [classes] if args.unified else [[cls] for cls in classes]
+        started = {state["name"]: state for state in states}
         states = [new_state(args, group) for group in groups]
+        states = [started.get(state["name"], state) for state in states]
 
     torch.manual_seed(0)  # an untrained encoder is the same for all seeds and processes
     encoder = load_encoder(args.backbone, "none" if args.eval else args.weights)
@@ -783,10 +785,10 @@ def run(args, states, device):
 
 
 def new_state(args, classes):
-    """What a checkpoint holds, at the start of a training or where the run to resume stopped."""
-    state = {
+    """What a checkpoint holds, here at the start of a training."""
+    return {
         "name": "unified" if args.unified else classes[0].replace("/", "_"),
-        "args": dict(vars(args)),
+        "args": {key: vars(args)[key] for key in SETTINGS},
         "classes": classes,
         "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
@@ -794,11 +796,6 @@ def new_state(args, classes):
         "optimizer": None,
         "normal": None,  # once trained: what normal images look like to the detector
     }
-    path = Path(args.out, f"{state['name']}.pt")
-    if args.resume and path.exists():
-        state = read_state(path)
-        log.info(f"{path}: {state['epoch']} of {args.epochs} epochs done")
-    return state
 
 
 def make_model(args, state, encoder):
@@ -819,7 +816,7 @@ def save(args, state, model, optimizer):
 
 def read_state(path):
     state = data.read_tensors(path)
-    if set(state.get("args", ())) != {*SETTINGS, *ACTIONS}:
+    if state.get("args", {}).keys() != SETTINGS.keys():
         raise data.DataError(f"{path}: not a checkpoint of this version of minimaxad.py")
     return state
 
@@ -830,7 +827,7 @@ def open_folder(args):
         return
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {path.name for path in folder.iterdir()} - {"log.txt", "args.json"}
+    files = set(os.listdir(folder)) - {"log.txt", "args.json"}
     if files and not args.resume:
         raise data.DataError(f"--out {folder} holds files; name a new folder, or --resume that run")
     log.parent.addHandler(logging.FileHandler(folder / "log.txt", errors="backslashreplace"))
@@ -965,12 +962,10 @@ def export(args, state, model):
     if Path(args.export).exists():
         raise data.DataError(f"--export {args.export}: exists; name a new file")
     with torch.no_grad(), data.written(args.export) as temporary:
-        detector = Detector(args, model).cpu()
-        program = torch.export.export(detector, (image,), dynamic_shapes=shapes)
+        program = torch.export.export(Detector(args, model), (image,), dynamic_shapes=shapes)
         torch.export.save(program, temporary)
     log.info(f"{args.export}: RGB B x 3 x {side} x {side} in 0..1 -> map, score")
-    for cls, normal in state["normal"].items():
-        log.info(f"{cls or 'all classes'}: {metrics.threshold(normal, args.quantile)[1]}")
+    metrics.thresholds(state["normal"], args.quantile)
 
 
 def bench(args, device):
@@ -1010,7 +1005,7 @@ def get_parser():
     """A flag for each of SETTINGS and ACTIONS, and --no-FLAG for what is on or off."""
     parser = argparse.ArgumentParser(
         description="MiniMaxAD (arXiv 2405.09933): train, evaluate, predict.",
-        epilog=f"Presets (set, unified): {PRESETS}; toy: {TOY}; --arch rd: {RD}".replace("%", "%%"),
+        epilog=f"Presets: {PRESETS}; separate models: {SEPARATE}; --arch rd: {RD}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for key, (default, text) in (SETTINGS | ACTIONS).items():
@@ -1031,48 +1026,45 @@ def get_parser():
 
 def preset(args):
     """The paper's settings for this set in this setting, or those of the nearest."""
-    unified = (args.unified or args.data in ("toy", "cifar10")) and args.data != "aebad"
-    nearest = ("mvtec", True) if unified else ("visa", False)
-    settings = PRESETS.get((args.data, unified), PRESETS[nearest]) | {"unified": unified}
-    settings = {"backbone": SETTINGS["backbone"][0]} | settings
-    if args.data == "toy":
-        settings = TOY
+    settings = {"backbone": SETTINGS["backbone"][0]}
+    if not args.unified:
+        settings |= SEPARATE.get(args.data, SEPARATE["visa"])
+    settings |= PRESETS.get(args.data, {})
     if args.arch == "rd":
-        settings = settings | RD
-    if args.arch == "rd" and args.data == "toy":
-        settings = settings | {"epochs": 3, "backbone": "resnet18"}
+        settings |= RD
     return settings
 
 
 def parse_args(argv=None):
-    """The arguments, and the states that --eval names. What the user left out comes from the set's
-    preset, or from the checkpoint or run to go on with, which what is typed may not contradict."""
+    """The arguments, and the states of the run of --eval or --resume. What the user left out comes
+    from the set's preset, or from that run, which what is typed may not contradict."""
     parser = get_parser()
     args = parser.parse_args(argv)
     states = []
     saved = {}
-    if args.eval:
-        paths = sorted(Path(args.eval).glob("[!.]*.pt")) or [Path(args.eval)]
-        states = [read_state(path) for path in paths]
+    if args.resume and (args.eval or not args.out):
+        parser.error("--resume goes on with the run in --out RUN, without --eval")
+    if args.eval or args.resume:
+        run = Path(args.eval or args.out)
+        paths = sorted(run.glob("[!.]*.pt"))
+        if args.resume and not paths:
+            parser.error(f"--resume: no checkpoint in {run}; start it again without --resume")
+        states = [read_state(path) for path in paths or [run]]
         saved = states[0]["args"]
-    elif args.resume:
-        path = Path(args.out or "", "args.json")
-        with data.explain(f"--resume goes on with the run in --out RUN, but {path}"):
-            saved = json.loads(path.read_text())
     elif not args.bench:
         parser.set_defaults(**preset(args))
-    parser.set_defaults(**{key: saved[key] for key in SETTINGS if saved})
+    parser.set_defaults(**saved)
 
     args = parser.parse_args(argv)  # what the user typed wins
     if not args.out and not args.eval:
         args.out = f"runs/minimaxad-{args.data}-{'unified' if args.unified else 'separate'}"
-    free = ["root", "quantile"]
+    free = ["root"]
     if args.eval:
         free += ["classes"] if args.predict else ["classes", "score"]
-    for key in SETTINGS:
-        if saved and key not in free and getattr(args, key) != saved[key]:
+    for key, value in saved.items():
+        if key not in free and getattr(args, key) != value:
             flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
-            parser.error(f"{flag}: the run has {saved[key]}")
+            parser.error(f"{flag}: the run has {value}")
     if args.crop > args.size:
         parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     check(parser, args, states)
@@ -1088,27 +1080,20 @@ def check(parser, args, states):
             parser.error(f"--{key.replace('_', '-')} {value}: expected {least} to {most}")
     if args.data == "cifar10" and not args.unified and not args.bench:
         parser.error("--data cifar10 --no-unified: its five normal classes train one model")
-    if args.eval and (args.resume or args.bench):
-        parser.error("--eval goes without --resume and --bench")
-    if any(state["normal"] is None for state in states):
+    if args.eval and args.bench:
+        parser.error("--eval goes without --bench")
+    if args.eval and any(state["normal"] is None for state in states):
         parser.error(f"--eval {args.eval}: its training stopped early; finish it with --resume")
     if (args.predict or args.export) and len(states) != 1:
-        names = " ".join(f"{state['name']}.pt" for state in states)
-        parser.error(f"--predict and --export take one model, --eval RUN/FILE.pt: {names}")
-    if args.predict and args.export:
-        parser.error("--predict goes without --export")
+        parser.error("--predict and --export take one model, --eval RUN/FILE.pt")
     if (args.predict or args.save_maps) and not args.out:
         parser.error("--predict and --save-maps write into a new folder, --out DIR")
 
 
 def main(argv=None):
     """Exit status 0; 1: an image was not judged; 2: a line says why."""
-    logging.basicConfig(
-        level=logging.ERROR if RANK else logging.INFO,
-        format="%(message)s",
-        handlers=[logging.StreamHandler(sys.stdout)],
-        force=True,
-    )
+    level = logging.ERROR if RANK else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     try:
         args, states = parse_args(argv)
         backend = "gloo"
@@ -1126,10 +1111,10 @@ def main(argv=None):
         if args.bench:
             bench(args, device)
         elif args.predict or args.export:
-            model = make_model(args, states[0], load_encoder(args.backbone, "none")).to(device)
+            model = make_model(args, states[0], load_encoder(args.backbone, "none"))
             if args.export:
                 export(args, states[0], model)
-            elif not predict(args, states[0], model, device):
+            if args.predict and not predict(args, states[0], model.to(device), device):
                 sys.exit(1)
         else:
             run(args, states, device)

@@ -111,7 +111,6 @@ SETTINGS = {
     "amp": (False, "train in bfloat16; evaluation is in float32, TF32 on a GPU"),
     "seed": (1, "of weights, batches, dropout and jitter"),
     "distance": (["euclidean", "mahalanobis"], "mahalanobis is ours"),
-    "quantile": (0.99, "of normal images' scores: the limit of --predict"),
 }
 ACTIONS = {
     "out": (None, "a new or empty folder; default runs/mintad-DATA-SETTING"),
@@ -119,6 +118,7 @@ ACTIONS = {
     "eval": (None, "evaluate a checkpoint, or all of a run's folder"),
     "save_maps": (False, "a picture of each test image"),
     "predict": (None, "with --eval: image files and folders to judge"),
+    "quantile": (0.99, "of normal images' scores: the limit of --predict"),
     "export": (None, "with --eval: write a torch.export program, FILE.pt2"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "or cuda:N, mps"),
     "bench": (False, "speed and cost, no data needed"),
@@ -796,7 +796,7 @@ def fit(detector, state, args, samples, images, device):
     if device.type == "cuda" and features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
         features = features.to(device)
         labels = labels.to(device)
-    if state["epoch"] == 0 and not args.uniad:
+    if not args.uniad:
         mean, std = channel_statistics(features)
         detector.model.mean = mean.to(device)
         detector.model.std = std.to(device)
@@ -842,14 +842,16 @@ def run(args, states, device):
     masks = data.decode_masks(test, args.size)
     test_images = data.decode(test, args.size)
     images = None
-    if not states:
+    if not args.eval:
         if args.data in ("folder", "toy"):
             ours = {key: vars(args)[key] for key in PRESETS[args.data]}
             log.info(f"not the paper's settings but ours for {args.data}: {ours}")
         images = data.decode(train_samples, args.size)
         data.warn_of_copies(train_samples, images, test, test_images)
         groups = [classes] if args.unified else [[cls] for cls in classes]
+        started = {state["name"]: state for state in states}
         states = [new_state(args, group) for group in groups]
+        states = [started.get(state["name"], state) for state in states]
 
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
     backbone = Backbone(args, "none" if args.eval else args.weights)
@@ -872,10 +874,10 @@ def run(args, states, device):
 
 
 def new_state(args, classes):
-    """What a checkpoint holds, at the start of a training or where the run to resume stopped."""
-    state = {
+    """What a checkpoint holds, here at the start of a training."""
+    return {
         "name": "unified" if args.unified else classes[0].replace("/", "_"),
-        "args": dict(vars(args)),
+        "args": {key: vars(args)[key] for key in SETTINGS},
         "classes": classes,
         "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
@@ -883,11 +885,6 @@ def new_state(args, classes):
         "optimizers": [],
         "normal": None,  # once trained: what normal images look like to the detector
     }
-    path = Path(args.out, f"{state['name']}.pt")
-    if args.resume and path.exists():
-        state = read_state(path)
-        log.info(f"{path}: {state['epoch']} of {args.epochs} epochs done")
-    return state
 
 
 def save(args, state, detector, optimizers):
@@ -900,7 +897,7 @@ def save(args, state, detector, optimizers):
 
 def read_state(path):
     state = data.read_tensors(path)
-    if set(state.get("args", ())) != {*SETTINGS, *ACTIONS}:
+    if state.get("args", {}).keys() != SETTINGS.keys():
         raise data.DataError(f"{path}: not a checkpoint of this version of mintad.py")
     return state
 
@@ -927,7 +924,7 @@ def open_folder(args):
         return
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {path.name for path in folder.iterdir()} - {"log.txt", "args.json"}
+    files = set(os.listdir(folder)) - {"log.txt", "args.json"}
     if files and not args.resume:
         raise data.DataError(f"--out {folder} holds files; name a new folder, or --resume that run")
     log.parent.addHandler(logging.FileHandler(folder / "log.txt", errors="backslashreplace"))
@@ -1049,12 +1046,11 @@ def export(args, state, detector):
     if Path(args.export).exists():
         raise data.DataError(f"--export {args.export}: exists; name a new file")
     with torch.no_grad(), data.written(args.export) as temporary:
-        program = torch.export.export(detector.cpu(), tuple(inputs), dynamic_shapes=shapes)
+        program = torch.export.export(detector, tuple(inputs), dynamic_shapes=shapes)
         torch.export.save(program, temporary)
     log.info(f"{args.export}: RGB B x 3 x {args.size} x {args.size} in 0..1 -> map, score, class")
-    for k, cls in enumerate(state["classes"]):
-        normal = state["normal"].get(cls, state["normal"][""])  # of few images none is held out
-        log.info(f"class {k}: {cls}, {metrics.threshold(normal, args.quantile)[1]}")
+    log.info(f"classes from 0 on: {', '.join(state['classes'])}")
+    metrics.thresholds(state["normal"], args.quantile)
 
 
 def bench(args, device):
@@ -1119,36 +1115,37 @@ def get_parser():
 
 
 def parse_args(argv=None):
-    """The arguments, and the states that --eval names. What the user left out comes from the set's
-    preset, or from the checkpoint or run to go on with, which what is typed may not contradict."""
+    """The arguments, and the states of the run of --eval or --resume. What the user left out comes
+    from the set's preset, or from that run, which what is typed may not contradict."""
     parser = get_parser()
     args = parser.parse_args(argv)
     states = []
     saved = {}
     if args.uniad:
         parser.set_defaults(query="layerwise")
-    if args.eval:
-        paths = sorted(Path(args.eval).glob("[!.]*.pt")) or [Path(args.eval)]
-        states = [read_state(path) for path in paths]
+    if args.resume and (args.eval or not args.out):
+        parser.error("--resume goes on with the run in --out RUN, without --eval")
+    if args.eval or args.resume:
+        run = Path(args.eval or args.out)
+        paths = sorted(run.glob("[!.]*.pt"))
+        if args.resume and not paths:
+            parser.error(f"--resume: no checkpoint in {run}; start it again without --resume")
+        states = [read_state(path) for path in paths or [run]]
         saved = states[0]["args"]
-    elif args.resume:
-        path = Path(args.out or "", "args.json")
-        with data.explain(f"--resume goes on with the run in --out RUN, but {path}"):
-            saved = json.loads(path.read_text())
     elif not args.bench:
         parser.set_defaults(**PRESETS.get(args.data, {}))
-    parser.set_defaults(**{key: saved[key] for key in SETTINGS if saved})
+    parser.set_defaults(**saved)
 
     args = parser.parse_args(argv)  # what the user typed wins
     if not args.out and not args.eval:
         args.out = f"runs/mintad-{args.data}-{'unified' if args.unified else 'separate'}"
-    free = ["root", "quantile"]
+    free = ["root"]
     if args.eval:
         free += ["classes"] if args.predict else ["classes", "distance"]
-    for key in SETTINGS:
-        if saved and key not in free and getattr(args, key) != saved[key]:
+    for key, value in saved.items():
+        if key not in free and getattr(args, key) != value:
             flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
-            parser.error(f"{flag}: the run has {saved[key]}")
+            parser.error(f"{flag}: the run has {value}")
     check(parser, args, states)
     if args.prompt != "feature":
         args.cls_loss = False  # no classifier, no Eq. 1
@@ -1166,15 +1163,12 @@ def check(parser, args, states):
             parser.error(f"--{key.replace('_', '-')} {value}: expected {least} to {most}")
     if args.data == "cifar10" and not args.unified and not args.bench:
         parser.error("--data cifar10 --no-unified: its five normal classes train one model")
-    if args.eval and (args.resume or args.bench):
-        parser.error("--eval goes without --resume and --bench")
-    if any(state["normal"] is None for state in states):
+    if args.eval and args.bench:
+        parser.error("--eval goes without --bench")
+    if args.eval and any(state["normal"] is None for state in states):
         parser.error(f"--eval {args.eval}: its training stopped early; finish it with --resume")
     if (args.predict or args.export) and len(states) != 1:
-        names = " ".join(f"{state['name']}.pt" for state in states)
-        parser.error(f"--predict and --export take one model, --eval RUN/FILE.pt: {names}")
-    if args.predict and args.export:
-        parser.error("--predict goes without --export")
+        parser.error("--predict and --export take one model, --eval RUN/FILE.pt")
     if (args.predict or args.save_maps) and not args.out:
         parser.error("--predict and --save-maps write into a new folder, --out DIR")
 
@@ -1194,12 +1188,8 @@ def check(parser, args, states):
 
 def main(argv=None):
     """Exit status 0; 1: an image was not judged; 2: a line says why."""
-    logging.basicConfig(
-        level=logging.ERROR if RANK else logging.INFO,
-        format="%(message)s",
-        handlers=[logging.StreamHandler(sys.stdout)],
-        force=True,
-    )
+    level = logging.ERROR if RANK else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     try:
         args, states = parse_args(argv)
         backend = "gloo"
@@ -1217,10 +1207,10 @@ def main(argv=None):
         if args.bench:
             bench(args, device)
         elif args.predict or args.export:
-            detector = make_detector(args, states[0], Backbone(args, "none")).to(device).eval()
+            detector = make_detector(args, states[0], Backbone(args, "none")).eval()
             if args.export:
                 export(args, states[0], detector)
-            elif not predict(args, states[0], detector, device):
+            if args.predict and not predict(args, states[0], detector.to(device), device):
                 sys.exit(1)
         else:
             run(args, states, device)

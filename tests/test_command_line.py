@@ -68,7 +68,6 @@ TRAINED = [  # RUN stands for the folder of a finished run, which has the settin
     ("--eval RUN --predict nowhere --out new", "nowhere"),
     ("--eval RUN --predict ~/here --out new", "/home/me/here"),
     ("--eval RUN --predict photos --out new --classes pil", "--classes"),
-    ("--eval RUN --predict photos --out new --export net.pt2", "--export"),
     ("--resume", "--out"),
     ("--resume --out nowhere", "nowhere"),
     ("--resume --out RUN --lr 3", "--lr"),
@@ -288,7 +287,8 @@ def test_a_variant_that_needs_the_class_is_exported_with_it(script, tiny, call):
         path.unlink()
     call(script, *tiny, "--prompt", "label", "--epochs", 1, "--out", "run")
     said = call(script, "--eval", "run", "--export", "net.pt2").out
-    assert re.search("class 1: weave, .* normal images", said)
+    assert "classes from 0 on: pill, weave" in said
+    assert re.search("limit for pill: .* of 1 normal images", said)
     network = torch.export.load("net.pt2").module()
     *_, classes = network(torch.rand(3, 3, 64, 64), torch.tensor([1, 0, 1]))
     assert classes.tolist() == [1, 0, 1]
