@@ -1004,6 +1004,7 @@ def bench(args, device):
 def get_parser():
     """A flag for each of SETTINGS and ACTIONS, and --no-FLAG for what is on or off."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]; --help lists them",
         description="MiniMaxAD (arXiv 2405.09933): train, evaluate, predict.",
         epilog=f"Presets: {PRESETS}; separate models: {SEPARATE}; --arch rd: {RD}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

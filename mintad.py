@@ -1094,6 +1094,7 @@ def bench(args, device):
 def get_parser():
     """A flag for each of SETTINGS and ACTIONS, and --no-FLAG for what is on or off."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]; --help lists them",
         description="MINT-AD (arXiv 2403.14213): train, evaluate, predict.",
         epilog=f"Presets: {PRESETS}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
