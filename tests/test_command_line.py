@@ -36,6 +36,7 @@ BOTH = [  # a command line, and what the line on stderr must name
     ("--weights nowhere.pth", "nowhere.pth"),
     ("--data cifar10 --no-unified", "cifar10"),
     ("--out photos", "photos"),
+    ("--out photos/pill/train/good/000.png", "000.png"),
 ]
 OWN = {
     "mintad": [
@@ -69,7 +70,7 @@ TRAINED = [  # RUN stands for the folder of a finished run, which has the settin
     ("--eval RUN --predict ~/here --out new", "/home/me/here"),
     ("--eval RUN --predict photos --out new --classes pil", "--classes"),
     ("--resume", "--out"),
-    ("--resume --out nowhere", "nowhere"),
+    ("--resume --out nowhere", "nowhere; start it again"),
     ("--resume --out RUN --lr 3", "--lr"),
 ]
 REFUSED = [(script, *row) for script in MODULES for row in BOTH + OWN[script]]
