@@ -129,7 +129,7 @@ PRESETS = {  # what is not the paper's
         "backbone": "tf_efficientnet_b0",
         "weights": "none",
         "size": 128,
-        "epochs": 6,
+        "epochs": 5,
         "batch_size": 8,
         "lr": 1e-3,
         "holdout": 0.1,

@@ -415,7 +415,6 @@ WARM = [1e-4 * (1 + step / 100) for step in range(8)]
     "line, rates",
     [
         ("", [1e-4] * 8 + [1e-5] * 2),
-        ("--lr 5e-4", WARM + [5e-5] * 2),
         ("--optimizer muon --lr 5e-4 --weight-decay 9 --literal", WARM + [1e-4, 5e-5]),
     ],
 )
@@ -453,6 +452,11 @@ def test_training_is_this_loop(line, rates):
     assert (found - expected).norm() < 1e-3 * (expected - start).norm()
     told = [re.search(rf"{name} (\S+),", said)[1] for name in logged]
     assert [*map(float, told)] == pytest.approx(sum(values[5:]).tolist(), rel=1e-2, abs=1e-4)
+
+
+def test_adamw_too_warms_up_to_a_rate_above_the_papers():
+    rates = [mintad.learning_rate(settings("--lr 5e-4"), step, 10) for step in range(10)]
+    assert rates == pytest.approx(WARM + [5e-5] * 2)
 
 
 def test_a_channel_that_hardly_moves_is_not_blown_up():
