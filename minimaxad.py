@@ -103,6 +103,7 @@ ACTIONS = {
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "or cuda:N, mps"),
     "bench": (False, "speed and cost, no data needed"),
 }
+
 # Feature-rich sets take adc (MiniMaxAD-fr), the others global (MiniMaxAD-fp). Unified models have
 # the defaults (for VisA the authors' code has 160 epochs).
 SEPARATE = {  # a model per class; sets that are not here, and not the paper's, are as VisA
@@ -1046,11 +1047,11 @@ def parse_args(argv=None):
     if args.resume and (args.eval or not args.out):
         parser.error("--resume goes on with the run in --out RUN, without --eval")
     if args.eval or args.resume:
-        run = Path(args.eval or args.out)
-        paths = sorted(run.glob("[!.]*.pt"))
+        source = Path(args.eval or args.out)
+        paths = sorted(source.glob("[!.]*.pt"))
         if args.resume and not paths:
-            parser.error(f"--resume: no checkpoint in {run}; start it again without --resume")
-        states = [read_state(path) for path in paths or [run]]
+            parser.error(f"--resume: no checkpoint in {source}; start it again without --resume")
+        states = [read_state(path) for path in paths or [source]]
         saved = states[0]["args"]
     elif not args.bench:
         parser.set_defaults(**preset(args))

@@ -1127,11 +1127,11 @@ def parse_args(argv=None):
     if args.resume and (args.eval or not args.out):
         parser.error("--resume goes on with the run in --out RUN, without --eval")
     if args.eval or args.resume:
-        run = Path(args.eval or args.out)
-        paths = sorted(run.glob("[!.]*.pt"))
+        source = Path(args.eval or args.out)
+        paths = sorted(source.glob("[!.]*.pt"))
         if args.resume and not paths:
-            parser.error(f"--resume: no checkpoint in {run}; start it again without --resume")
-        states = [read_state(path) for path in paths or [run]]
+            parser.error(f"--resume: no checkpoint in {source}; start it again without --resume")
+        states = [read_state(path) for path in paths or [source]]
         saved = states[0]["args"]
     elif not args.bench:
         parser.set_defaults(**PRESETS.get(args.data, {}))
