@@ -154,6 +154,7 @@ MASKS = {  # the mask, what of it is defect, what is said of it at 10 pixels
     "one channel": (np.dstack([values(i) for i in (0, 0, 1)]), SQUARE, None),
     "many greys": (SMALL, SMALL >= SMALL.max() / 2, "note"),
     "inverted": (~SQUARE, ~SQUARE, "warning"),
+    "inverted, of many greys": (255 - SMOOTH, 255 - SMOOTH >= 127.5, "warning"),
     "empty": (SQUARE & False, SQUARE & False, "warning"),
     "vanishing": (DOT, DOT, "warning"),
 }
