@@ -106,12 +106,12 @@ ACTIONS = {
 
 # Feature-rich sets take adc (MiniMaxAD-fr), the others global (MiniMaxAD-fp). Unified models have
 # the defaults (for VisA the authors' code has 160 epochs).
-SEPARATE = {  # a model per class; sets that are not here, and not the paper's, are as VisA
+SEPARATE = {  # a model per class; a set that is not here starts from VisA's, its nearest
     "goodsad": {"size": 224, "epochs": 240},
     "mad": {"size": 400, "epochs": 150},
     "visa": {"epochs": 130, "loss": "global"},  # authors' code 150 epochs
 }
-PRESETS = {
+PRESETS = {  # of a set in either setting; what the paper has none for is its nearest set's
     "aebad": {"crop": 224, "epochs": 130, "loss": "global"},
     "folder": {"epochs": 240, "loss": "adc", "holdout": 0.1},
     "cifar10": {"unified": True, "epochs": 100, "loss": "adc", "score": "mean"},
