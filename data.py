@@ -13,9 +13,13 @@ layout) is refused in one line, a DataError, instead of being guessed at.
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
+import io
 import logging
 import os
+import platform
+import shutil
 import unicodedata
 import zipfile
 import zlib
@@ -26,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
@@ -49,11 +54,15 @@ JUNK = {
 }
 
 
-class DataError(Exception):
+class UserError(Exception):
     """One line for the user: what is wrong, with which file or option, and what to do."""
 
     def __str__(self):  # a file name may hold line breaks, and bytes on which print would fail
         return " ".join(super().__str__().split()).encode(errors="backslashreplace").decode()
+
+
+class DataError(UserError):
+    """The same, about a data set or an image."""
 
 
 class Sample(NamedTuple):
@@ -242,11 +251,12 @@ SETS = {
 }
 
 
-def load(names, root=None, classes=None, normals="01234"):
+def load(names, root=None, classes=None, normals="01234", training=True):
     """Lists a set, or several joined by "+", whose classes are then "set/class".
 
     root: where the set lies, default data/NAME; of joined sets what holds a folder per set, default
-    data. classes: a subset. normals: the digits of CIFAR-10's five normal classes.
+    data. classes: a subset. normals: the digits of CIFAR-10's five normal classes. training=False: a
+    class without training images is no error.
     Returns the names of the classes that train, and the training and the test samples.
     Logs a line per class and warnings. Raises DataError.
     """
@@ -264,7 +274,7 @@ def load(names, root=None, classes=None, normals="01234"):
             folder = folder / "1cls"
         prefix = f"{name}/" if joined else ""
         try:
-            found, listed = list_set(folder, kind, prefix, classes)
+            found, listed = list_set(folder, kind, prefix, classes, training)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".removeprefix("DataError: ")
             raise DataError(f"{folder}: {reason} (--root; see {kind.source})") from None
@@ -279,7 +289,7 @@ def load(names, root=None, classes=None, normals="01234"):
     return list(dict.fromkeys(sample.cls for sample in train)), train, test
 
 
-def list_set(root, kind, prefix, classes):
+def list_set(root, kind, prefix, classes, training):
     """The names of all classes of a set, and (split, sample) of those asked for."""
     known = kind.classes(root)
     if not known:
@@ -287,7 +297,7 @@ def list_set(root, kind, prefix, classes):
     pairs = []
     for name in known:
         if not classes or prefix + name in classes:
-            pairs += list_class(root, name, kind, prefix)
+            pairs += list_class(root, name, kind, prefix, training)
 
     have = count(pairs)
     if kind.counts and not classes and have != kind.counts:
@@ -295,7 +305,7 @@ def list_set(root, kind, prefix, classes):
     return [prefix + name for name in known], pairs
 
 
-def list_class(root, name, kind, prefix):
+def list_class(root, name, kind, prefix, training):
     """Its (split, sample). Logs how many there are, and warns of files that are not used."""
     cls = prefix + name
     pairs = []
@@ -310,7 +320,7 @@ def list_class(root, name, kind, prefix):
     if not good + defective:
         log.warning(f"warning: {cls}: no test images, so no row in the table")
 
-    if not train and "train" not in kind.optional:
+    if training and not train and "train" not in kind.optional:
         raise DataError(f"no training images of {cls}: looked for {cls}/train/good")
     bare = [sample.image for _, sample in pairs if sample.label and not sample.mask]
     if bare and "masks" not in kind.optional:
@@ -354,11 +364,15 @@ def counted(names):
 
 
 def hold_out(samples, share):
-    """bool N: an even share of each class's samples, less than all, to be kept out of training."""
+    """bool N: an even share of each class's samples, to be kept out of training.
+
+    share > 0: at least one of a class that has two or more, never all.
+    """
     held = np.zeros(len(samples), bool)
     for cls in {sample.cls for sample in samples}:
         mine = np.flatnonzero([sample.cls == cls for sample in samples])
-        count = min(round(share * len(mine)), len(mine) - 1)
+        count = max(round(share * len(mine)), int(share > 0))
+        count = min(count, len(mine) - 1)
         even = np.linspace(0, len(mine), count, endpoint=False, dtype=int)
         held[mine[even]] = True
     return held
@@ -377,7 +391,7 @@ def digest(samples):
 @contextlib.contextmanager
 def opened(path):
     """An image file of 8 bits a channel and one frame, not decoded yet. DataError: any other."""
-    with explain(f"cannot read image {path}"), Image.open(path, formats=FORMATS) as image:
+    with explain(f"cannot read image {path}", DataError), Image.open(path, formats=FORMATS) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # a phone's, whose first frame is the photo
             raise ValueError(f"{frames} frames; save the one to use as 8 bit RGB")
@@ -547,27 +561,72 @@ def find_images(paths):
 
 
 @contextlib.contextmanager
-def explain(text):
-    """An error in the block becomes a DataError: the text and its reason."""
+def explain(text, kind=UserError):
+    """An error in the block becomes a UserError: the text and its reason."""
     try:
         yield
-    except DataError:
+    except UserError:
         raise
     except Exception as error:
-        raise DataError(f"{text}: {str(error) or type(error).__name__}") from None
+        raise kind(f"{text}: {str(error) or type(error).__name__}") from None
 
 
 @contextlib.contextmanager
-def written(path):
-    """A temporary name beside path, renamed to path when the block has written it."""
+def written(path, size=0):
+    """A temporary name beside path, renamed to path when the block has written it.
+
+    size: how many bytes it takes, if that is known. UserError: no space for it, or another reason.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    remove_leftovers(path.parent)
+    temporary = path.with_name(f".{HOST}-{os.getpid()}-{path.name}")
+    free = shutil.disk_usage(path.parent).free
+    space = f" of {size / 1e6:.1f} MB, {free / 1e6:.1f} MB free" if size else ""
     try:
-        with explain(f"cannot write {path}"):
+        with explain(f"cannot write {path}{space}"):
+            if size > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield temporary
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+HOST = platform.node()
+
+
+def remove_leftovers(folder):
+    """Deletes the temporary files that killed processes of this host left in a folder."""
+    for path in Path(folder).glob(f".{HOST}-*-*"):
+        pid = path.name.removeprefix(f".{HOST}-").partition("-")[0]
+        try:
+            os.kill(int(pid), 0)  # no signal: asks whether there is that process
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OSError):  # another file's name; another user's process
+            pass
+
+
+def save_tensors(path, state):
+    """torch.save by a temporary name. UserError: a full disk, or another reason."""
+    content = io.BytesIO()  # torch's own file writer does not tell a full disk
+    torch.save(state, content)
+    with written(path, content.getbuffer().nbytes) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def download(repo, file):
+    """The path of a repository's file on the Hugging Face hub, downloaded if it is not cached.
+
+    The library's HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE hold. UserError: no network, no such file.
+    """
+    cached = huggingface_hub.try_to_load_from_cache(repo, file)
+    if isinstance(cached, str):
+        return cached
+    url = huggingface_hub.hf_hub_url(repo, file)
+    with explain(f"cannot download {file} of {repo}, so pass it as --weights FILE"):
+        huggingface_hub.get_hf_file_metadata(url, timeout=5)  # the next line retries for 23 s
+        return huggingface_hub.hf_hub_download(repo, file)
 
 
 def read_tensors(path):

@@ -31,7 +31,7 @@ def read(path):
 
 def refused(function, *args):
     """The line that says why."""
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(data.UserError) as error:
         function(*args)
     return str(error.value)
 
