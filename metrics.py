@@ -15,16 +15,15 @@ metrics.json.
 
 import argparse
 import csv
-import itertools
 import json
 import logging
 import math
 import os
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -132,12 +131,13 @@ def mean(classes):
 
 
 def with_means(classes):
-    """The rows, the mean of each joined set (rows mvtec/bottle, visa/candle ..), and the mean."""
-    rows = dict(classes)
+    """(name, metrics) of the rows, of the mean of each joined set (rows mvtec/bottle, visa/candle
+    ..), and of the mean."""
+    rows = list(classes.items())
     for name in {row.partition("/")[0]: None for row in classes if "/" in row}:
         mine = {row: classes[row] for row in classes if row.startswith(f"{name}/")}
-        rows[f"mean of {name}"] = mean(mine)
-    return rows | {"mean": mean(classes)}
+        rows.append((f"mean of {name}", mean(mine)))
+    return [*rows, ("mean", mean(classes))]
 
 
 def table(runs, paper):
@@ -146,12 +146,13 @@ def table(runs, paper):
     runs: a list of {row: {metric: value}}, of the same rows. paper: {row: {metric: the paper's
     figure}}; such a metric gets a column "paper" beside it.
     """
-    runs = [with_means(classes) for classes in runs]
-    rows = list(runs[0])
-    columns = [["class", *rows]]
+    runs = [with_means({row: run[row] for row in runs[0]}) for run in runs]
+    names = [name for name, _ in runs[0]]
+    columns = [["class", *names]]
     for key, title in METRICS.items():
-        columns.append([title, *(number([run[row][key] for run in runs]) for row in rows)])
-        theirs = [number([paper.get(row, {}).get(key, math.nan)]) for row in rows]
+        ours = [number([row[key] for _, row in rows]) for rows in zip(*runs, strict=True)]
+        columns.append([title, *ours])
+        theirs = [number([paper.get(name, {}).get(key, math.nan)]) for name in names]
         if set(theirs) != {"-"}:
             columns.append(["paper", *theirs])
 
@@ -219,8 +220,8 @@ def overlay(image, s, low, high):
 
 
 def shorten(name):
-    """File systems take 255 bytes."""
-    return os.fsdecode(os.fsencode(name)[:200])
+    """At most 200 bytes, as file systems take 255; only whole characters of UTF-8."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
 
 
 def save_strip(path, pictures, text):
@@ -234,160 +235,175 @@ def save_strip(path, pictures, text):
         canvas.save(temporary, "JPEG", quality=90)
 
 
-def save_maps(folder, images, samples, scores, maps, masks, normal):
+def save_maps(folder, images, samples, scores, maps, masks, calibration):
     """A strip per test image: image | mask | heat. Sorted by name, the highest score comes first.
 
-    images: uint8 N x S x S x 3; scores: N; maps, masks: N x S x S; normal: see calibrate.
+    images: uint8 N x S x S x 3; scores: N; maps, masks: N x S x S; calibration: see calibrate, for
+    the colour scale of the image's class. Strips of an earlier time in the folder are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        for path in folder.glob(f"{'[0-9]' * 5}-{kind}-*.jpg"):
+            path.unlink()
+
     for rank, i in enumerate(np.argsort(-scores)):
         sample = samples[i]
-        scale = normal.get(sample.cls, normal[""])
+        scale = calibration.get(sample.cls, calibration[""])  # CIFAR-10 tests classes untrained
         mask = np.repeat(masks[i, :, :, None] * np.uint8(255), 3, -1)
         heat = overlay(images[i], maps[i], scale["low"], scale["high"])
-        kind = ["good", "defective"][sample.label]
-        name = f"{rank:04d}-{kind}-{'-'.join(Path(sample.image).with_suffix('').parts[-2:])}"
+        kind = KINDS[sample.label]
+        name = shorten("-".join(Path(sample.image).with_suffix("").parts[-2:]))
         text = f"{scores[i]:.4g} {kind} {sample.image}"
-        save_strip(folder / f"{shorten(name)}.jpg", [images[i], mask, heat], text)
+        save_strip(folder / f"{rank:05d}-{kind}-{name}.jpg", [images[i], mask, heat], text)
 
 
-# ------------------------------------------------------------------------------- verdicts on images
+KINDS = ["good", "defective"]  # of label 0 and 1
 
 
-def calibrate(maps, scores, samples):
-    """What normal images look like to a model, for each class and for all of them (""), as a
-    checkpoint can keep it: their scores, and a colour scale from their maps' median to as far
-    above the peak of 99 % of them again. maps: N x H x W; scores: N; samples: N."""
-    normal = {}
-    classes = [sample.cls for sample in samples]
-    for cls in ["", *dict.fromkeys(classes)]:
-        mine = [i for i, other in enumerate(classes) if cls in ("", other)]
+# ------------------------------------------------------------------------------- verdicts on photos
+
+
+def calibrate(maps, scores, samples, held):
+    """What normal images look like to a model, as a checkpoint can keep it.
+
+    For each class of the samples, and for all together (""): their scores, whether all of them were
+    held out of the training, and a colour scale from their maps' median ("low") to as far above the
+    peak of 99 % of them ("peak") again ("high"). maps: N x H x W; scores: N; held: bool N.
+    """
+    calibration = {}
+    for cls in ["", *dict.fromkeys(sample.cls for sample in samples)]:
+        mine = np.array([cls in ("", sample.cls) for sample in samples])
         low = float(np.median(maps[mine]))
         peak = float(np.quantile(maps[mine].max((1, 2)), 0.99))
-        scale = {"low": low, "peak": peak, "high": 2 * peak - low}
-        normal[cls] = {"scores": [float(scores[i]) for i in mine], **scale}
-    return normal
+        calibration[cls] = {
+            "scores": scores[mine].tolist(),
+            "held_out": bool(held[mine].all()),
+            "low": low,
+            "peak": peak,
+            "high": 2 * peak - low,
+        }
+    return calibration
 
 
-def threshold(normal, quantile):
-    """The quantile of a class's normal scores, and a text that says how far it can be trusted."""
-    scores = np.array(normal["scores"])
-    limit = float(np.quantile(scores, quantile))
-    above = int((scores > limit).sum())
-    test = stats.binomtest(above, len(scores), alternative="less")
-    most = test.proportion_ci(0.95).high  # Clopper-Pearson
-    return limit, (
-        f"{limit:.4g} ({quantile} quantile of {len(scores)} normal images; "
-        f"at most {100 * most:.1f} % false alarms, with 95 % confidence)"
-    )
+def thresholds(calibration, quantile, classes):
+    """{class: the quantile of its normal scores} for the classes asked for ("": all together).
 
-
-def thresholds(normal, quantile):
-    """{class: limit}, with "" for all classes; logs each, and warns if few images decide."""
-    limits = {}
+    Logs each and how far it can be trusted, and warns where few images decide. UserError: a class
+    that is not in the calibration.
+    """
+    found = {}
     few = []
-    for cls, values in normal.items():
-        limits[cls], text = threshold(values, quantile)
-        if cls or len(normal) != 2:  # of one class "" is the same
-            log.info(f"limit for {cls or 'all classes'}: {text}")
-        if 1 - 1 / len(values["scores"]) < quantile:
-            few.append(cls or "all classes")
+    for cls in classes:
+        if cls not in calibration:
+            known = ", ".join(filter(None, calibration))
+            raise data.UserError(f"no threshold for {cls}: no normal image of it; known: {known}")
+        name = cls or "all classes"
+        scores = np.array(calibration[cls]["scores"])
+        found[cls] = float(np.quantile(scores, quantile))
+
+        above = int((scores > found[cls]).sum())
+        test = stats.binomtest(above, len(scores), alternative="less")
+        most = test.proportion_ci(0.95).high  # Clopper-Pearson
+        trust = f"at most {100 * most:.1f} % false alarms, with 95 % confidence"
+        if not calibration[cls]["held_out"]:
+            trust = "the model trained on them, or on some: no rate of false alarms (--holdout)"
+        text = f"{quantile} quantile of {len(scores)} normal images; {trust}"
+        log.info(f"threshold for {name}: {found[cls]:.4g} ({text})")
+        if 1 - 1 / len(scores) < quantile:
+            few.append(name)
     if few:
         log.warning(
-            f"warning: few normal images decide the limit for {data.counted(few)}: "
+            f"warning: few normal images decide the threshold for {data.counted(few)}: "
             "hold out more (--holdout) or take more photos"
         )
-    return limits
+    return found
+
+
+class Photo(NamedTuple):
+    path: str
+    pixels: np.ndarray  # what the network sees, uint8 S x S x 3
+    shown: np.ndarray | None  # what the picture shows, 512 pixels at most; None: unreadable
 
 
 def read_photo(path, size, crop):
-    """The path; uint8 S x S x 3; the photo to be shown, or None if it cannot be read."""
     side = crop or size
     try:
         image, _ = data.read_image(path)
     except data.DataError as error:
         log.warning(f"skipped: {error}")
-        return path, np.zeros((side, side, 3), np.uint8), None
+        return Photo(path, np.zeros((side, side, 3), np.uint8), None)
     pixels = data.resized(image, size, crop, Image.Resampling.BILINEAR)
     if crop:
         image = Image.fromarray(pixels)
     image.thumbnail((512, 512), reducing_gap=1.0)
-    return path, pixels, np.asarray(image)
+    return Photo(path, pixels, np.asarray(image))
 
 
-def judged(photos, judge, batch_size):
-    """(photo, map, score, class) of each photo."""
-    while batch := list(itertools.islice(photos, batch_size)):
-        pixels = np.stack([pixels for _, pixels, _ in batch])
-        yield from zip(batch, *judge(pixels), strict=True)
-
-
-def draw_verdict(numbered, normal, limits, folder):
-    """The photo's row of predictions.csv; draws its picture."""
-    i, ((path, _, photo), s, score, cls) = numbered
-    if photo is None:
-        return {"file": path, "verdict": "unreadable"}
+def draw_verdict(number, photo, s, score, cls, calibration, thresholds, folder):
+    """Draws the photo's picture; its row of predictions.csv. s: S x S."""
+    if photo.shown is None:
+        return {"file": photo.path, "verdict": "unreadable"}
     if not (np.isfinite(score) and np.isfinite(s).all()):
-        log.warning(f"skipped: {path}: its map is not finite")
-        return {"file": path, "verdict": "failed"}
+        log.warning(f"skipped: {photo.path}: its map is not finite")
+        return {"file": photo.path, "verdict": "failed"}
 
-    limit = limits.get(cls, limits[""])
-    verdict = "defective" if score > limit else "good"
-    picture = f"{i:05d}-{verdict}-{shorten(Path(path).stem)}.jpg"
-    text = f"{verdict} {score:.4g} (threshold {limit:.4g}) {cls} {Path(path).name}"
+    threshold = thresholds[cls]
+    verdict = KINDS[int(score > threshold)]
+    picture = f"{number:05d}-{verdict}-{shorten(Path(photo.path).stem)}.jpg"
+    text = f"{verdict} {score:.4g} (threshold {threshold:.4g}) {cls} {Path(photo.path).name}"
 
-    scale = normal.get(cls, normal[""])
-    heat = overlay(photo, s, scale["low"], scale["high"])
-    height, width = photo.shape[:2]
+    scale = calibration[cls]
+    heat = overlay(photo.shown, s, scale["low"], scale["high"])
+    height, width = photo.shown.shape[:2]
     s = Image.fromarray(s.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     above = np.asarray(s) > scale["peak"]
     outline = above & ~ndimage.binary_erosion(above)  # of what no normal image has
     heat[outline] = 255
-    save_strip(folder / picture, [photo, heat], text)
-    values = path, f"{score:.6g}", verdict, cls, f"{limit:.6g}", picture
+    save_strip(folder / picture, [photo.shown, heat], text)
+    values = photo.path, f"{score:.6g}", verdict, cls, f"{threshold:.6g}", picture
     return dict(zip(COLUMNS, values, strict=True))
-
-
-def predict(paths, judge, normal, quantile, folder, batch_size, size, crop=None):
-    """A row of folder/predictions.csv and a picture for each image file; True if all could be read.
-
-    judge: uint8 B x S x S x 3 -> maps B x S x S, scores B, B names of classes ("" if not known). A
-    score above the quantile of normal images' is defective. Threads decode ahead and draw behind
-    the network; at most a few batches are in memory. An unreadable image costs only itself.
-    """
-    folder = Path(folder)
-    read = partial(read_photo, size=size, crop=crop)
-    draw = partial(draw_verdict, normal=normal, limits=thresholds(normal, quantile), folder=folder)
-    failures = 0
-    with (
-        ThreadPoolExecutor() as pool,
-        open(folder / "predictions.csv", "w", newline="", errors="surrogateescape") as file,
-    ):
-        photos = in_order(pool, read, paths, 2 * batch_size)
-        numbered = enumerate(judged(photos, judge, batch_size))
-        rows = in_order(pool, draw, numbered, 2 * batch_size)
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in tqdm(rows, "images", len(paths), leave=False, disable=None):
-            failures += "picture" not in row
-            writer.writerow(row)
-            file.flush()  # an interrupt keeps the rows
-    log.info(f"{len(paths) - failures} images judged, {failures} skipped; written to {folder}")
-    return failures == 0
 
 
 COLUMNS = ["file", "score", "verdict", "class", "threshold", "picture"]
 
 
-def in_order(pool, function, items, ahead):
-    """Results of function(item), worked out in threads, in order and at most `ahead` in advance."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def judge_batches(paths, read, judge, draw, batch_size):
+    """Yields the rows: while the network judges a batch, threads read the next, draw the last."""
+    with ThreadPoolExecutor() as pool:
+        reading = pool.map(read, paths[:batch_size])
+        rows = []
+        for start in range(0, len(paths), batch_size):
+            end = start + batch_size
+            photos = list(reading)
+            reading = pool.map(read, paths[end : end + batch_size])
+            results = judge(np.stack([photo.pixels for photo in photos]))
+            yield from rows
+            rows = pool.map(draw, range(start, end), photos, *results)
+        yield from rows
+
+
+def predict(paths, judge, calibration, thresholds, folder, batch_size, size, crop=None):
+    """A row of folder/predictions.csv and a picture for each photo; True if all were judged.
+
+    judge: uint8 B x S x S x 3 -> maps B x S x S, scores B, B names of classes ("" if not known). A
+    score above its class's threshold is defective. An unreadable photo costs only itself, and an
+    interrupt the last two batches; no more are in memory.
+    """
+    folder = Path(folder)
+    read = partial(read_photo, size=size, crop=crop)
+    draw = partial(draw_verdict, calibration=calibration, thresholds=thresholds, folder=folder)
+    rows = judge_batches(paths, read, judge, draw, batch_size)
+    skipped = 0
+    path = folder / "predictions.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in tqdm(rows, "photos", len(paths), leave=False, disable=None):
+            skipped += "picture" not in row
+            writer.writerow(row)
+            file.flush()  # an interrupt keeps it
+    log.info(f"{len(paths) - skipped} photos judged, {skipped} skipped; written to {folder}")
+    return skipped == 0
 
 
 if __name__ == "__main__":
@@ -395,5 +411,5 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", help="folders; of several mean and standard deviation")
     try:
         main(parser.parse_args().runs)
-    except data.DataError as error:
+    except data.UserError as error:
         parser.exit(2, f"error: {error}\n")
