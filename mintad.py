@@ -17,32 +17,34 @@ transformer is an implicit neural representation of the image's class.
     z   : B x Z        class token of f', the layer before the classification head
     q   : B x P x D    INR(positions, z), the transformer decoder's query; q -> mu, log sigma of f'
     r   : B x P x C    f' reconstructed by the transformer
-    s   : B x S x S    anomaly map, ||f' - r|| at each position, enlarged
+    s   : B x size x size    anomaly map, ||f' - r|| at each position, enlarged to the image
 
     B batch, C channels, H x W = P positions, D = 256 hidden width, K classes, L = 4 layers,
-    N images, S image side, Z = 32 width of z, E = 3 width of a position
+    N images, Z = 32 width of z, E = 3 width of a position p
 
 Details of the implementation and where each comes from:
 
- 1. Backbone: levels of stride 2, 4, 8, 16 (CIFAR-10: 32 too), sampled at the positions of stride 16
-    with aligned corners. That reads 4 of the 64 values under a position of the finest level; ours,
-    --pool area, takes the mean of all.
+ 1. Backbone: levels of stride 2, 4, 8, 16 (--levels 5: 32 too), sampled at the positions of stride
+    16 with aligned corners. That reads 4 of the 64 values under a position of the finest level;
+    ours, --pool area, takes the mean of all.
  2. Features are standardised by the training features' mean and deviation of each channel. The
     paper does not say so, but without it a few channels of large scale are nearly the whole loss.
     --uniad takes raw features, as its authors.
  3. Eq. 4 and 5 are likelihoods of the original features, where Eq. 3 starts, which adds log|det W|
     to both; nothing is detached (objective; README, "What keeps MINT-AD from collapsing").
     --literal leaves the determinants out, as printed. log sigma stays within -5 and 5.
- 4. INR: Table 13 and a linear output layer, 602,368 weights, which is Table 9's 0.602 M. The paper
-    has no initialisation for it and the class token; here SIREN's, and Kaiming's with care (INR,
-    FeaturePrompt).
+ 4. INR: Table 13 and a linear output layer, 602,368 weights, which is Table 9's 0.602 M. Sec. 3.3
+    speaks of amplitude, phase and frequency; Eq. 8, and so this file, modulates the amplitude. The
+    paper has no initialisation for it and the class token; here SIREN's, and Kaiming's with care
+    (INR, FeaturePrompt).
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder
     layers, learned positions added to queries and keys, jitter on the input tokens.
  6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. An --lr
     above 1e-4 is warmed up to. Ours: --optimizer muon, whose rate falls linearly to zero.
  7. Ours: --distance mahalanobis divides f' - r by its usual size: the covariance over the training
     images of the class, one for each quarter of the image. Eq. 1's classifier says which class.
- 8. Each epoch sets the random state from (seed, epoch, process), so that an interrupted run goes on
+ 8. The label and image prompts of Table 4 are one linear layer each, which is our reading.
+ 9. Each epoch sets the random state from (seed, epoch, process), so that an interrupted run goes on
     from its checkpoint bit for bit.
 """
 
@@ -53,7 +55,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 import time
 from datetime import timedelta
 from itertools import pairwise
@@ -64,10 +65,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import metrics
@@ -82,23 +80,24 @@ JITTER = 20.0  # UniAD
 CLIP = 0.1  # UniAD
 SAVE_EVERY = 60  # seconds between checkpoints
 
-# Flag: default, help. The defaults are the paper's. A list has the choices, the default first; None
-# is a text that may be left out. A checkpoint keeps all of these.
+# Flag: default, help. The defaults are the paper's; None is a text that may be left out. CHOICES,
+# beside the parser, has what can be chosen. A checkpoint keeps all of these.
 SETTINGS = {
     "data": ("toy", f"{', '.join(data.SETS)}; several as mvtec+visa"),
     "root": (None, "where the data lies, if not in data/NAME"),
     "unified": (False, "one model for all classes, not one each"),
     "classes": (None, "a subset"),
-    "normals": (["01234", "56789", "02468", "13579"], "cifar10's normal classes"),
+    "normals": ("01234", "cifar10's normal classes"),
     "size": (224, "images are resized to size x size pixels"),
-    "holdout": (0.0, "share of the training images kept back to find --predict's threshold"),
+    "holdout": (0.0, "share of each class's training images kept back to find its threshold"),
     "backbone": ("tf_efficientnet_b4.aa_in1k", "any timm CNN of strides 2, 4, 8, 16"),
     "weights": (None, "its checkpoint instead of timm's download, or none: untrained"),
-    "pool": (["bilinear", "area"], "how levels come to stride 16; area is ours"),
+    "levels": (4, "of the backbone, from stride 2 on"),
+    "pool": ("bilinear", "how levels come to stride 16; area is ours"),
     "uniad": (False, "the UniAD baseline, whole"),
-    "query": (["inr", "mlp", "learned", "layerwise", "token", "text", "pool"], "last 4: --uniad's"),
+    "query": ("inr", "the decoder's; layerwise, per-class, token and text are --uniad's"),
     "text": (None, "--query text: safetensors, a row of text embedding per class name"),
-    "prompt": (["feature", "label", "image"], "the source of class token z"),
+    "prompt": ("feature", "what the class token z comes from"),
     "adapter": (True, "without: f' = f, standardised"),
     "cls_loss": (True, "Eq. 1"),
     "prior_loss": (True, "Eq. 4"),
@@ -107,10 +106,11 @@ SETTINGS = {
     "batch_size": (32, "over all processes; Sec. 4.1"),
     "lr": (1e-4, "learning rate"),
     "weight_decay": (1e-4, "UniAD's"),
-    "optimizer": (["adamw", "muon"], "muon is ours"),
+    "optimizer": ("adamw", "muon is ours"),
     "amp": (False, "train in bfloat16; evaluation is in float32, TF32 on a GPU"),
     "seed": (1, "of weights, batches, dropout and jitter"),
-    "distance": (["euclidean", "mahalanobis"], "mahalanobis is ours"),
+    "distance": ("euclidean", "mahalanobis is ours"),
+    "score": ("max", "of a map; avgpool: the maximum of its means over 16 x 16 pixels, UniAD's"),
 }
 ACTIONS = {
     "out": (None, "a new or empty folder; default runs/mintad-DATA-SETTING"),
@@ -118,10 +118,9 @@ ACTIONS = {
     "eval": (None, "evaluate a checkpoint, or all of a run's folder"),
     "save_maps": (False, "a picture of each test image"),
     "predict": (None, "with --eval: image files and folders to judge"),
-    "quantile": (0.99, "of normal images' scores: the limit of --predict"),
+    "quantile": (0.99, "of normal images' scores: the threshold of --predict and --export"),
     "export": (None, "with --eval: write a torch.export program, FILE.pt2"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "or cuda:N, mps"),
-    "bench": (False, "speed and cost, no data needed"),
 }
 PRESETS = {  # what is not the paper's
     "toy": {
@@ -143,13 +142,11 @@ PRESETS = {  # what is not the paper's
         "lr": 5e-4,
         "holdout": 0.1,
     },
-    "cifar10": {"unified": True},  # UniAD's protocol has no other setting
+    # UniAD's protocol: one model, one level more (C = 720 with b4), the map's mean
+    "cifar10": {"unified": True, "levels": 5, "score": "mean"},
 }
+UNIAD = {"query": "layerwise", "score": "avgpool"}  # the baseline's own, with --uniad
 
-LAUNCHED = dist.is_torchelastic_launched()  # by torchrun
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # process 0 speaks, writes and evaluates
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 log = logging.getLogger("mintad")
 
 
@@ -221,11 +218,11 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, f, queries, mask=None, token=None):
-        """f: B x P x C; queries: L of B x P x D; mask: P x P, True = hidden; token: B x 1 x D.
+        """f: B x P x C; queries: L of B or 1 x P x D; mask: P x P, True = hidden; token: B x 1 x D.
 
         The token goes along and is cut off: with it queries and mask have P + 1 positions.
         """
-        P = f.shape[1]
+        B, P, _ = f.shape
         if self.training:  # UniAD's jitter: noise in proportion to each token's length
             scale = JITTER * f.norm(dim=-1, keepdim=True) / f.shape[-1]
             f = f + torch.randn_like(f) * scale
@@ -242,7 +239,7 @@ class Transformer(nn.Module):
             x = layer(x, pos, mask)
         memory = x
         for layer, q in zip(self.decoder, queries, strict=True):
-            x = layer(q, memory, x, pos, mask)
+            x = layer(q.expand(B, -1, -1), memory, x, pos, mask)
         return self.output_proj(self.norm(x)[:, :P])  # B x P x C
 
 
@@ -255,9 +252,15 @@ def mlp(act, *widths):
 
 
 class FeaturePrompt(nn.Module):
-    """The class token before the classifier's head, and its logits (Sec. 3.3, Table 12, Eq. 1)."""
+    """The class token before the classifier's head, and its logits (Sec. 3.3, Table 12, Eq. 1).
 
-    def __init__(self, C, P, K, Z=32, D=256, head=True):
+    A prompt is called with f', B x P x C, and the labels, B, and returns z, B x Z, and logits,
+    B x K, or None if it has no classifier.
+    """
+
+    needs_label = False
+
+    def __init__(self, C, P, K, head=True, Z=32, D=256):
         super().__init__()
         # B x P x C -> B x P x Z
         self.class_encoder = nn.Sequential(*mlp(nn.ReLU, C, D, D, Z), nn.Softmax(-1))
@@ -273,10 +276,56 @@ class FeaturePrompt(nn.Module):
         if head:  # if small, z turns one-hot, often alike for two classes, before logits differ
             nn.init.normal_(self.head.weight, std=5.0)
 
-    def forward(self, f_):
+    def forward(self, f_, label):
         z = self.channel_encoder(self.class_encoder(f_).flatten(1))  # B x P x Z -> B x P*Z -> B x Z
         logits = self.head(z) if self.head else None  # B x K
         return z, logits
+
+
+class LabelPrompt(nn.Module):
+    """z is a projection of the one-hot label, which a test image needs, too (Table 4)."""
+
+    needs_label = True
+    head = None
+
+    def __init__(self, C, P, K, head=True, Z=32):
+        super().__init__()
+        self.K = K
+        self.project = nn.Linear(K, Z)
+
+    def forward(self, f_, label):
+        one_hot = F.one_hot(label, self.K)
+        return self.project(one_hot.to(f_.dtype)), None
+
+
+class ImagePrompt(nn.Module):
+    """z is a projection of the image's mean feature (Table 4)."""
+
+    needs_label = False
+    head = None
+
+    def __init__(self, C, P, K, head=True, Z=32):
+        super().__init__()
+        self.project = nn.Linear(C, Z)
+
+    def forward(self, f_, label):
+        return self.project(f_.mean(1)), None
+
+
+class NoPrompt(nn.Module):
+    """For a learned query without prior and classifier, where nothing uses z (Table 5)."""
+
+    needs_label = False
+    head = None
+
+    def __init__(self, C, P, K, head=True):
+        super().__init__()
+
+    def forward(self, f_, label):
+        return None, None
+
+
+PROMPTS = {"feature": FeaturePrompt, "label": LabelPrompt, "image": ImagePrompt, "none": NoPrompt}
 
 
 class INR(nn.Module):
@@ -318,31 +367,63 @@ class INR(nn.Module):
         return self.output(x)
 
 
+class MLPQuery(nn.Module):
+    """z -> B x P x D (Sec. 0.B.6, Table 9: "repeated", but its 383.5 M weights are P*D outputs)."""
+
+    def __init__(self, P, Z=32, D=256):
+        super().__init__()
+        self.net = nn.Sequential(*mlp(nn.ReLU, Z, D, D, P * D), nn.Unflatten(1, (P, D)))
+
+    def forward(self, z):
+        return self.net(z)
+
+
+class LearnedQuery(nn.Module):
+    """One query for all images (Table 5): 1 x P x D."""
+
+    def __init__(self, P, Z=32, D=256):
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(P, D))
+
+    def forward(self, z):
+        return self.q.unsqueeze(0)
+
+
+QUERIES = {"inr": None, "mlp": MLPQuery, "learned": LearnedQuery}  # None: the INR's output itself
+UNIAD_QUERIES = {"layerwise": False, "per-class": True, "token": True, "text": True}  # needs label
+
+
 # ------------------------------------------------------------------------------------------- model
 
 
-class Backbone(nn.Module):
-    """Frozen multi-scale features (Sec. 3.2): images B x 3 x S x S in 0..1 -> f, B x P x C.
+def sample(x, size):
+    """A map at H x W positions, corners aligned."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
-    args: data, backbone, size, pool. weights: a file, "none" (untrained), or None for timm's
-    download. DataError: a net without these levels, weights that cannot be had or do not fit.
+
+POOLS = {"bilinear": sample, "area": F.adaptive_avg_pool2d}  # the paper's; ours: means of cells
+
+
+class Backbone(nn.Module):
+    """Frozen multi-scale features (Sec. 3.2): images B x 3 x size x size in 0..1 -> f, B x P x C.
+
+    name: any timm CNN. weights: a file, "none" (untrained), or None for its download. levels: how
+    many, from stride 2 on; H x W is that of stride 16. UserError: a net without these levels,
+    weights that cannot be had or do not fit, a size too small.
     """
 
-    def __init__(self, args, weights):
+    def __init__(self, name, weights=None, size=224, levels=4, pool="bilinear"):
         super().__init__()
-        self.pool = args.pool
-        name = args.backbone
-        strides = [2, 4, 8, 16]
-        if args.data == "cifar10":
-            strides.append(32)  # C = 720 with b4, as UniAD
-        with data.explain(f"--backbone {name}: no such timm CNN, or no download (--weights FILE)"):
+        self.pool = pool
+        strides = [2, 4, 8, 16, 32][:levels]
+        with data.explain(f"--backbone {name}: no such timm CNN"):
             info = timm.create_model(name, features_only=True).feature_info
             index = [i for i, stride in enumerate(info.reduction()) if stride in strides]
             options = {"features_only": True, "out_indices": index}
             self.net = timm.create_model(name, pretrained=weights is None, **options)
         info = self.net.feature_info
         if info.reduction() != strides:
-            raise data.DataError(f"--backbone {name} has strides {info.reduction()}, not {strides}")
+            raise data.UserError(f"--backbone {name} has strides {info.reduction()}, not {strides}")
         if hasattr(self.net, "blocks"):  # timm's EfficientNets compute stages beyond the last level
             last = int(info.module_name()[-1].split(".")[1])
             del self.net.blocks[last + 1 :]
@@ -354,26 +435,22 @@ class Backbone(nn.Module):
         self.register_buffer("image_mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("image_std", torch.tensor(config["std"]).view(3, 1, 1))
         self.C = sum(info.channels())
-        self.H, self.W = self.net(torch.zeros(1, 3, args.size, args.size))[3].shape[2:]
+        self.H, self.W = self.net(torch.zeros(1, 3, size, size))[3].shape[2:]
         if min(self.H, self.W) < 2:
-            raise data.DataError(f"--size {args.size} is too small: {self.H} x {self.W} positions")
+            raise data.UserError(f"--size {size} is too small: {self.H} x {self.W} positions")
 
     def forward(self, image):
         levels = self.net((image - self.image_mean) / self.image_std)
-        size = (self.H, self.W)
-        if self.pool == "area":
-            levels = [F.adaptive_avg_pool2d(x, size) for x in levels]
-        else:
-            levels = [F.interpolate(x, size, mode="bilinear", align_corners=True) for x in levels]
+        levels = [POOLS[self.pool](x, (self.H, self.W)) for x in levels]
         return torch.cat(levels, 1).flatten(2).transpose(1, 2)  # B x C x H x W -> B x P x C
 
 
 class MINTAD(nn.Module):
     """The model of Figure 3 and its variants (Tables 4, 5, 9).
 
-    query: inr | mlp | learned, what the transformer decoder gets. prompt: what z comes from, the
-    classifier (feature), a projection of the label, needed at test time too (label), or of the
-    image's mean feature (image).
+    query: what the transformer's decoder gets, of QUERIES. prompt: what z comes from, of PROMPTS.
+    Whether a test image's label is needed, and whether its class is known in the end, told or found
+    by the classifier, is needs_label and knows_class.
     """
 
     def __init__(
@@ -392,13 +469,6 @@ class MINTAD(nn.Module):
     ):
         super().__init__()
         P = H * W
-        Z = 32
-        self.K = K
-        self.query = query
-        self.prompt = prompt
-        self.prior_loss = prior_loss
-        self.needs_label = prompt == "label"
-        self.uses_z = query != "learned" or cls_loss or prior_loss
         self.transformer = Transformer(C, H, W, D, layers=layers)
         self.register_buffer("mean", torch.zeros(C))
         self.register_buffer("std", torch.ones(C))
@@ -408,17 +478,18 @@ class MINTAD(nn.Module):
             self.adapter = nn.Linear(C, C)
             nn.init.eye_(self.adapter.weight)
             nn.init.zeros_(self.adapter.bias)
-        if prompt == "feature" and self.uses_z:
-            self.token = FeaturePrompt(C, P, K, Z, head=cls_loss)
-        elif self.uses_z:
-            self.token = nn.Linear(K if prompt == "label" else C, Z)
+        self.prompt = PROMPTS[prompt](C, P, K, head=cls_loss)
+        self.needs_label = self.prompt.needs_label
+        self.knows_class = self.needs_label or self.prompt.head is not None
+
+        self.inr = None
         if query == "inr" or prior_loss:
             self.positions = nn.Parameter(torch.randn(P, 3))  # "a learnable embedding", P x E
-            self.inr = INR(Z, 3, D)
-        if query == "mlp":  # Sec. 0.B.6: "repeated", but its 383.5 M weights are P*D outputs
-            self.mlp = nn.Sequential(*mlp(nn.ReLU, Z, D, D, P * D), nn.Unflatten(1, (P, D)))
-        if query == "learned":  # one for all images
-            self.learned = nn.Parameter(torch.randn(P, D))
+            self.inr = INR(D=D)
+        self.query = None
+        if QUERIES[query]:
+            self.query = QUERIES[query](P, D=D)
+        self.distribution = None
         if prior_loss:  # Table 14, whose 512 outputs are 2 x 256; f' has C channels
             self.distribution = nn.Sequential(*mlp(nn.LeakyReLU, D, D, D, 2 * C))
 
@@ -426,45 +497,34 @@ class MINTAD(nn.Module):
         """f: B x P x C raw, label: B -> f', r; logits: B x K or None; (mu, log sigma) or None."""
         f = (f - self.mean) / self.std
         f_ = self.adapter(f).float()
-        logits = None
+        z, logits = self.prompt(f_, label)
         gaussian = None
-        if self.uses_z:
-            # z: B x Z; logits: B x K, or None without a classifier
-            if self.prompt == "feature":
-                z, logits = self.token(f_)
-            elif self.prompt == "label":
-                z = self.token(F.one_hot(label, self.K).to(f_.dtype))
-            else:
-                z = self.token(f_.mean(1))
-        if self.query == "inr" or self.prior_loss:
-            q_inr = self.inr(self.positions, z)  # B x P x D
-
-        if self.query == "inr":
-            q = q_inr
-        elif self.query == "mlp":
-            q = self.mlp(z)
-        else:
-            q = self.learned.expand(f.shape[0], -1, -1)
-        r = self.transformer(f_, [q] * len(self.transformer.decoder)).float()
-        if self.prior_loss:
-            mu, log_sigma = self.distribution(q_inr).float().chunk(2, -1)  # B x P x C each
+        if self.inr:
+            q = self.inr(self.positions, z)  # B x P x D
+        if self.distribution:
+            mu, log_sigma = self.distribution(q).float().chunk(2, -1)  # B x P x C each
             gaussian = mu, log_sigma.clamp(-5, 5)
+
+        if self.query:
+            q = self.query(z)
+        r = self.transformer(f_, [q] * len(self.transformer.decoder)).float()
         return f_, r, logits, gaussian
 
 
 class UniAD(nn.Module):
     """The baseline, as its authors' code: raw f, neighbour-masked attention, a query per layer.
 
-    query: layerwise (its own), or Table 4's variants: pool, a query per class; token, the class as
-    a token more; text, a projection of the class's row of text, K x T. Called as MINTAD.
+    query: layerwise (its own), or Table 4's variants: per-class (its query pool); token, the class
+    as a token more; text, a projection of the class's row of text, K x T. Called as MINTAD.
     """
 
     def __init__(self, C, H, W, K, query="layerwise", text=None, D=256, layers=4):
         super().__init__()
         P = H * W
         self.K = K
-        self.query_kind = query
-        self.needs_label = query != "layerwise"
+        self.query = query
+        self.needs_label = UNIAD_QUERIES[query]
+        self.knows_class = self.needs_label
         self.adapter = nn.Identity()
         self.transformer = Transformer(C, H, W, D, layers=layers)
         mask = neighbour_mask(H, W)
@@ -475,23 +535,24 @@ class UniAD(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
         if query == "text":
             self.register_buffer("text", text)
-            self.query = nn.Linear(text.shape[1], D)
+            self.project = nn.Linear(text.shape[1], D)
         else:  # as its authors', those of the layers start alike
-            one = torch.randn(K if query == "pool" else 1, 1, P, D)
-            self.query = nn.Parameter(one.repeat(1, layers, 1, 1))
+            one = torch.randn(K if query == "per-class" else 1, 1, P, D)
+            self.learned = nn.Parameter(one.repeat(1, layers, 1, 1))
 
     def forward(self, f, label=None):
-        B, P, _ = f.shape
+        P = f.shape[1]
         L = len(self.transformer.decoder)
         token = None
-        if self.query_kind == "text":
-            q = self.query(self.text[label])[:, None, None].expand(B, L, P, -1)
-        elif self.query_kind == "pool":
-            q = self.query[label]
+        if self.query == "text":
+            q = self.project(self.text[label])[:, None, None].expand(-1, L, P, -1)
+        elif self.query == "per-class":
+            q = self.learned[label]
         else:
-            q = self.query.expand(B, -1, -1, -1)  # B x L x P x D
-        if self.query_kind == "token":
-            token = self.token(F.one_hot(label, self.K).to(f.dtype)).unsqueeze(1)  # B x 1 x D
+            q = self.learned  # B or 1 x L x P x D
+        if self.query == "token":
+            one_hot = F.one_hot(label, self.K)
+            token = self.token(one_hot.to(f.dtype)).unsqueeze(1)  # B x 1 x D
         r = self.transformer(f, q.unbind(1), self.mask, token)
         return f, r.float(), None, None
 
@@ -504,7 +565,7 @@ def neighbour_mask(H, W, window=7):
     near_x = (x[:, None] - x).abs() <= window // 2
     mask = near_y & near_x
     if mask.all(1).any():
-        raise data.DataError(f"--size: UniAD's mask hides all of {H} x {W} positions: too small")
+        raise data.UserError(f"--size: UniAD's mask hides all of {H} x {W} positions: too small")
     return mask
 
 
@@ -514,68 +575,74 @@ def neighbour_mask(H, W, window=7):
 def objective(model, outputs, label, literal=False):
     """Eq. 6 of a batch, and {name: value} to log; outputs: what model(f, label) returns.
 
-        L = L_mse (Eq. 5) + 1.0 L_ce (Eq. 1) + 0.1 L_prior (Eq. 4)
-
-    Eq. 3 starts from the likelihood of the original features; for f' = W f + b it is, per position,
-        log p(f) = log N(f'; mu, sigma) + log |det W|          (the paper prints no determinant).
-    Eq. 5 is a Gaussian's too, of fixed s = 1/2: -log p(f) = |f' - r|^2 / 2s^2 - log |det W| + c.
-    Times 2s^2 / C that is (Eq. 5) - (2s^2 / C) log |det W|. Without determinants (literal) f'
-    shrinks.
+    Eq. 3, the likelihood of the original features, brings log |det W| of f' = W f + b to Eq. 4, and
+    to Eq. 5, a Gaussian's of fixed deviation 1/2 (README, "What keeps MINT-AD from collapsing").
+    literal: as printed, without them.
     """
     f_, r, logits, gaussian = outputs
+    log_det = ce = prior = 0.0  # what a variant has not is zero
     mse = F.mse_loss(r, f_)  # Eq. 5
-    loss = mse
     logged = {"mse": mse, "std f'": f_.std()}
-
-    log_det = 0  # per channel
     if isinstance(model.adapter, nn.Linear) and not literal:
-        log_det = torch.linalg.slogdet(model.adapter.weight)[1] / f_.shape[-1]
-        loss = loss - 0.5 * log_det  # 2s^2 = 0.5
+        log_det = torch.linalg.slogdet(model.adapter.weight)[1] / f_.shape[-1]  # per channel
         logged["log det"] = log_det
     if logits is not None:
         ce = F.cross_entropy(logits.float(), label)  # Eq. 1
-        loss = loss + LAMBDA_CE * ce
         logged["ce"] = ce
         logged["accuracy"] = (logits.argmax(1) == label).float().mean()
     if gaussian:
         mu, log_sigma = gaussian
         nll = 0.5 * ((f_ - mu) / log_sigma.exp()) ** 2 + log_sigma + 0.5 * math.log(2 * math.pi)
         prior = nll.mean() - log_det  # Eq. 2 and 4, of the original features by Eq. 3
-        loss = loss + LAMBDA_PRIOR * prior
         logged["prior"] = prior
+
+    loss = mse - 0.5 * log_det + LAMBDA_CE * ce + LAMBDA_PRIOR * prior  # Eq. 6
     return loss, logged
 
 
 # ----------------------------------------------------------------------------------- map and score
 
 
+def euclidean(d, whitening, cls, quarter):
+    """||f' - r|| at each position (Eq. 7); d: f' - r, B x P x C -> B x P."""
+    return d.norm(dim=-1)
+
+
+def mahalanobis(d, whitening, cls, quarter):
+    """The same, whitened: whitening, K x 4 x C x C, is of a class and of a quarter of the image.
+
+    cls: B; quarter: P, 0 to 3.
+    """
+    s = torch.zeros_like(d[..., 0])
+    for i in range(4):
+        whitened = d @ whitening[cls, i].mT
+        s = torch.where(quarter == i, whitened.norm(dim=-1), s)
+    return s
+
+
+DISTANCES = {"euclidean": euclidean, "mahalanobis": mahalanobis}
+SCORES = {  # of maps, B x 1 x size x size
+    "max": lambda s: s.amax((1, 2, 3)),  # Sec. 3.6
+    "mean": lambda s: s.mean((1, 2, 3)),  # UniAD's for CIFAR-10
+    "avgpool": lambda s: F.avg_pool2d(s, 16, stride=1).amax((1, 2, 3)),  # UniAD's
+}
+
+
 class Detector(nn.Module):
-    """Image B x 3 x S x S in 0..1 -> map s: B x S x S, score: B, class: B.
+    """Image B x 3 x size x size in 0..1 -> map s: B x size x size, score: B, class: B.
 
     label, B: the class, if it is known; some variants need it. Else the classifier finds it, and
     without a classifier it is 0.
     """
 
-    def __init__(self, args, classes, backbone, text=None):
+    def __init__(self, backbone, model, K, size, distance="euclidean", score="max"):
         super().__init__()
-        C, H, W, K = backbone.C, backbone.H, backbone.W, len(classes)
         self.backbone = backbone
-        self.size = args.size
-        self.distance = args.distance
-        self.score = "max"
-        if args.data == "cifar10":
-            self.score = "mean"
-        elif args.uniad:
-            self.score = "average"
-
-        if args.uniad:
-            self.model = UniAD(C, H, W, K, args.query, text)
-        else:
-            losses = args.cls_loss, args.prior_loss
-            self.model = MINTAD(C, H, W, K, args.query, args.prompt, args.adapter, *losses)
-        self.knows_class = self.model.needs_label or (args.cls_loss and not args.uniad)
-        if not self.knows_class:
-            K = 1
+        self.model = model
+        self.size = size
+        self.distance = distance
+        self.score = score
+        H, W, C = backbone.H, backbone.W, backbone.C
         self.register_buffer("whitening", torch.eye(C).repeat(K, 4, 1, 1))  # see fit_distance
         y = torch.arange(H).view(H, 1)
         x = torch.arange(W).view(1, W)
@@ -584,37 +651,30 @@ class Detector(nn.Module):
 
     def forward(self, image, label=None):
         f_, r, logits, _ = self.model(self.backbone(image), label)
-        cls = torch.zeros(image.shape[0], dtype=torch.long, device=image.device)
-        if self.knows_class:
-            cls = logits.argmax(1) if label is None else label
+        if label is not None:
+            cls = label
+        elif logits is not None:
+            cls = logits.argmax(1)
+        else:
+            cls = torch.zeros(image.shape[0], dtype=torch.long, device=image.device)
 
-        d = f_ - r  # B x P x C
-        s = d.norm(dim=-1)  # Eq. 7, B x P
-        if self.distance == "mahalanobis":
-            for i in range(4):
-                whitened = d @ self.whitening[cls, i].mT
-                s = torch.where(self.quarter == i, whitened.norm(dim=-1), s)
+        s = DISTANCES[self.distance](f_ - r, self.whitening, cls, self.quarter)  # B x P
         s = s.unflatten(1, (1, self.backbone.H, self.backbone.W))  # B x P -> B x 1 x H x W
         aligned = self.backbone.pool == "bilinear"  # each value goes where its features come from
         s = F.interpolate(s, (self.size, self.size), mode="bilinear", align_corners=aligned)
-
-        if self.score == "mean":  # UniAD's for CIFAR-10
-            score = s.mean((1, 2, 3))
-        elif self.score == "average":  # UniAD
-            score = F.avg_pool2d(s, 16, stride=1).amax((1, 2, 3))
-        else:
-            score = s.amax((1, 2, 3))  # Sec. 3.6
-        return s.squeeze(1), score, cls
+        return s.squeeze(1), SCORES[self.score](s), cls
 
 
 @torch.no_grad()
 def infer(network, images, labels, device):
-    """The outputs network(image, label) of uint8 images N x S x S x 3 and labels, N or None."""
+    """The outputs network(image, label) of uint8 images N x size x size x 3, labels N or None."""
     outputs = []
     B = 4 if device.type == "cpu" else 32
     for i in range(0, len(images), B):
         image = torch.tensor(images[i : i + B]).to(device)
-        image = image.permute(0, 3, 1, 2).float() / 255  # B x S x S x 3 -> B x 3 x S x S
+        image = (
+            image.permute(0, 3, 1, 2).float() / 255
+        )  # B x size x size x 3 -> B x 3 x size x size
         label = None
         if labels is not None:
             label = labels[i : i + B].to(device)
@@ -623,18 +683,66 @@ def infer(network, images, labels, device):
 
 
 def detect(detector, images, samples, classes, device):
-    """Maps N x S x S and scores N of the samples' images. A classifier is not told the class."""
-    labels = class_index(samples, classes) if detector.model.needs_label else None
+    """Maps N x size x size, scores N of the samples' images. A classifier is not told the class."""
+    labels = None
+    if detector.model.needs_label:
+        labels = class_index(samples, classes)
     s, scores, _ = infer(detector, images, labels, device)
     return s.numpy(), scores.numpy()
 
 
 def class_index(samples, classes):
-    """Index of each sample's class, N; 0 for a class that did not train (CIFAR-10's anomalies)."""
-    return torch.tensor([classes.index(s.cls) if s.cls in classes else 0 for s in samples])
+    """Index of each sample's class, N."""
+    return torch.tensor([classes.index(sample.cls) for sample in samples])
 
 
 # ---------------------------------------------------------------------------------------- training
+
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # process 0 speaks, writes and evaluates
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+
+
+class Features:
+    """f of N images, uint8 N x size x size x 3: features[index] is B x P x C in half precision.
+
+    As nothing augments, they are extracted once and kept, on a GPU in half of its free memory, else
+    in half of the machine's; if they do not fit, each batch extracts its own again.
+    """
+
+    def __init__(self, backbone, images, device):
+        self.backbone = backbone
+        self.images = images
+        self.device = device
+        self.kept = None
+        shape = (len(images), backbone.H * backbone.W, backbone.C)
+        size = 2 * math.prod(shape)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all
+        home = "cpu"
+        if device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
+            home = device
+        fits = home == device or size < 0.5 * memory
+        where = f"kept on {home}" if fits else "too many to keep: extracted again for each batch"
+        log.info(f"features {' x '.join(map(str, shape))}, {size / 1e9:.2f} GB, {where}")
+
+        if fits:
+            kept = torch.empty(shape, dtype=torch.half, device=home)
+            for index in torch.arange(len(images)).split(32):
+                kept[index] = self[index].to(home)
+            self.kept = kept
+
+    def __len__(self):
+        return len(self.images)
+
+    @torch.no_grad()
+    def __getitem__(self, index):
+        if self.kept is not None:
+            return self.kept[index].to(self.device)
+        image = torch.from_numpy(self.images[index.cpu().numpy()]).to(self.device)
+        image = image.permute(0, 3, 1, 2).float() / 255  # B x 3 x size x size
+        return self.backbone(image).half()
 
 
 def channel_statistics(features):
@@ -642,48 +750,63 @@ def channel_statistics(features):
 
     The deviation has a floor of 1 % of the mean one: an untrained backbone's channels may not move.
     """
-    std, mean = torch.std_mean(features.float(), (0, 1))
+    count = mean = moment = 0  # of so far, in float64
+    for index in torch.arange(len(features)).split(32):
+        f = features[index].flatten(0, 1).double()  # B x P x C -> B*P x C
+        total = count + len(f)
+        difference = f.mean(0) - mean
+        mean = mean + difference * len(f) / total
+        moment = moment + ((f - f.mean(0)) ** 2).sum(0) + difference**2 * count * len(f) / total
+        count = total
+    std = (moment / (count - 1)).sqrt()
     if not 0 < std.mean() < math.inf:
-        raise data.DataError("the backbone's features are constant or overflow half precision")
-    return mean, std.clamp_min(0.01 * std.mean())
+        raise data.UserError("the backbone's features are constant or overflow half precision")
+    return mean.float(), std.clamp_min(0.01 * std.mean()).float()
 
 
-def make_optimizers(model, args):
-    """The paper's AdamW, or beside it Muon for the transformer's matrices.
+def adamw(parameters, args):
+    """The paper's, of named parameters."""
+    groups = [{"params": list(parameters.values()), "scale": 1}]
+    return [torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)]
 
-    Muon (momentum 0.95, update scaled to AdamW's) at 4 times AdamW's rate: of 2, 4 and 10 that
-    which left the least of the training images unexplained after 400 steps.
+
+def muon(parameters, args):
+    """Muon for the transformer's matrices, AdamW for all else.
+
+    Momentum 0.95, update scaled to AdamW's, 4 times AdamW's rate: of 2, 4 and 10 that which left
+    the least of the training images unexplained after 400 steps.
     """
-    matrices = []
-    others = []
-    for name, p in model.named_parameters():
+    matrices = {}
+    others = {}
+    for name, p in parameters.items():
         is_matrix = name.startswith("transformer.") and p.ndim == 2 and "_embed" not in name
-        if args.optimizer == "muon" and is_matrix:
-            matrices.append(p)
-        else:
-            others.append(p)
-    decay = args.weight_decay
-    groups = [{"params": others, "scale": 1}]
-    optimizers = [torch.optim.AdamW(groups, weight_decay=decay, fused=True)]
-    if matrices:
-        groups = [{"params": matrices, "scale": 4}]
-        options = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(groups, weight_decay=decay, **options))
-    return optimizers
+        (matrices if is_matrix else others)[name] = p
+    groups = [{"params": list(matrices.values()), "scale": 4}]
+    options = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    optimizer = torch.optim.Muon(groups, weight_decay=args.weight_decay, **options)
+    return [*adamw(others, args), optimizer]
+
+
+def fall_late(step, steps):
+    """x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs)."""
+    return 0.1 if step >= 0.8 * steps else 1.0
+
+
+def fall_linearly(step, steps):
+    return 1 - step / steps
+
+
+OPTIMIZERS = {"adamw": (adamw, fall_late), "muon": (muon, fall_linearly)}  # and its schedule
 
 
 def learning_rate(args, step, steps):
-    """AdamW: x 0.1 after 80 % (Sec. 4.1: 800 of 1000 epochs). Muon: falls linearly to zero.
+    """Above the paper's rate it warms up.
 
-    Above the paper's rate it warms up: 5e-4 at once blinds the attention, so that in 200 steps all
-    positions of an image get the same, and for good.
+    At 5e-4 from the start the attention soon gives all positions of an image the same, for good.
     """
-    warm = min(args.lr, 1e-4 * (1 + step / 100))
-    if args.optimizer == "muon":
-        return min(warm, args.lr * (1 - step / steps))
-    if step >= 0.8 * steps:
-        return min(warm, 0.1 * args.lr)
-    return warm
+    _, schedule = OPTIMIZERS[args.optimizer]
+    warm = 1e-4 * (1 + step / 100)
+    return min(warm, args.lr * schedule(step, steps))
 
 
 def train(detector, features, labels, state, args, device):
@@ -692,12 +815,13 @@ def train(detector, features, labels, state, args, device):
     Of several processes the log has the losses of the first one's images.
     """
     model = detector.model
-    optimizers = make_optimizers(model, args)
+    make_optimizers, _ = OPTIMIZERS[args.optimizer]
+    optimizers = make_optimizers(dict(model.named_parameters()), args)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
         optimizer.load_state_dict(saved)
     parallel = model
     if WORLD > 1:
-        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel(model)
 
     N = len(features)
     steps = math.ceil(N / args.batch_size)  # of an epoch
@@ -709,13 +833,13 @@ def train(detector, features, labels, state, args, device):
         torch.manual_seed(seed * 4099 + RANK)  # dropout and jitter
         model.train()
         sums = 0
-        batches = order.to(features.device).split(args.batch_size)
+        batches = order.to(labels.device).split(args.batch_size)
         for step, batch in enumerate(batches, epoch * steps):
             part = batch[RANK::WORLD]  # each process takes its share of the same global batch
             share = len(part) / len(batch)
             if share == 0:  # no image is left for this process: one of weight 0
                 part = batch[:1]
-            f = features[part].to(device).float()
+            f = features[part].float()
             label = labels[part].to(device)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -735,7 +859,7 @@ def train(detector, features, labels, state, args, device):
 
         weights = nn.utils.parameters_to_vector(model.parameters())
         if not weights.isfinite().all():
-            raise data.DataError(f"diverged in epoch {epoch + 1}: lower --lr")
+            raise data.UserError(f"diverged in epoch {epoch + 1}: lower --lr")
         text = ", ".join(f"{name} {x:.4f}" for name, x in zip(logged, sums.tolist(), strict=True))
         seconds = time.time() - start
         log.info(f"{state['name']} epoch {epoch + 1}/{args.epochs}: {text}, {seconds:.1f} s")
@@ -748,54 +872,55 @@ def train(detector, features, labels, state, args, device):
 
 @torch.no_grad()
 def fit_distance(detector, features, labels, device):
-    """K x 4 x C x C: L^-1 of S = L L^T; ||L^-1 (f' - r)||^2 = (f' - r)^T S^-1 (f' - r).
+    """K x 4 x C x C: W of cov = (W^T W)^-1; ||W (f' - r)||^2 = (f' - r)^T cov^-1 (f' - r).
 
-    S is the covariance (about zero) of f' - r over the class's training images: half of it over
+    cov is the covariance (about zero) of f' - r over the class's training images: half of it over
     the positions in the same quarter of the image, half the mean of the quarters; shrunk, so that
-    a class with fewer residuals than channels has an inverse, too. In float64.
+    a class with fewer residuals than channels has an inverse, too. In float64. Where the class of
+    a test image is not known all have one covariance, of all images.
     """
     whitening = torch.zeros(detector.whitening.shape, dtype=torch.float64)
     C = whitening.shape[-1]
     eye = torch.eye(C, dtype=torch.float64)
     for k in range(len(whitening)):
+        chosen = torch.arange(len(labels))
+        if detector.model.knows_class:
+            chosen = torch.nonzero(labels.cpu() == k).flatten()
         cov = torch.zeros(4, C, C, dtype=torch.float64)
-        chosen = labels == k if detector.knows_class else labels >= 0
-        N = int(chosen.sum())
-        for f, label in zip(features[chosen].split(32), labels[chosen].split(32), strict=True):
-            f_, r, _, _ = detector.model(f.to(device).float(), label.to(device))
+        for index in chosen.to(labels.device).split(32):
+            f_, r, _, _ = detector.model(features[index].float(), labels[index].to(device))
             for i in range(4):
                 d = (f_ - r)[:, detector.quarter == i].flatten(0, 1)  # B*P_i x C
                 d = d.cpu().double()
-                cov[i] += d.T @ d / len(d) * len(f) / N
+                cov[i] += d.T @ d / len(d) * len(index) / len(chosen)
         for i in range(4):
-            S = (cov[i] + cov.mean(0)) / 2
-            L = torch.linalg.cholesky(S + 0.02 * S.diagonal().mean() * eye)
-            whitening[k, i] = torch.linalg.solve_triangular(L, eye, upper=False)
+            mixed = (cov[i] + cov.mean(0)) / 2
+            factor = torch.linalg.cholesky(mixed + 0.02 * mixed.diagonal().mean() * eye)
+            whitening[k, i] = torch.linalg.solve_triangular(factor, eye, upper=False)
+        if not detector.model.knows_class:
+            whitening[:] = whitening[0]
+            break
     return whitening.float().to(device)
 
 
+# ------------------------------------------------------------------------------- a model's training
+
+
 def fit(detector, state, args, samples, images, device):
-    """Train on the samples of the detector's classes, uint8 images N x S x S x 3; then find what
-    --distance and --predict need. Leaves checkpoints in args.out."""
+    """Train on the samples of the detector's classes, uint8 images N x size x size x 3; then find
+    what --distance and a threshold need. Leaves checkpoints in args.out."""
     index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
     held = data.hold_out([samples[i] for i in index], args.holdout)
-    calibration = index[held] if held.any() else index
-    index = index[~held]
-    trained = [samples[i] for i in index]
-    digest = data.digest(trained)
+    trained = index[~held]
+    digest = data.digest([samples[i] for i in trained])
     if state["digest"] not in (None, digest):
         raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
     state["digest"] = digest
 
-    # f is extracted once, as nothing augments: N x P x C, in half precision, on the GPU if it fits.
-    def extract(image, _):
-        return [detector.backbone(image).half()]
-
-    (features,) = infer(extract, images[index], None, device)
-    labels = class_index(trained, state["classes"])
-    if device.type == "cuda" and features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        features = features.to(device)
-        labels = labels.to(device)
+    features = Features(detector.backbone, images[trained], device)
+    labels = class_index([samples[i] for i in trained], state["classes"])
+    if features.kept is not None:
+        labels = labels.to(features.kept.device)
     if not args.uniad:
         mean, std = channel_statistics(features)
         detector.model.mean = mean.to(device)
@@ -803,74 +928,27 @@ def fit(detector, state, args, samples, images, device):
     train(detector, features, labels, state, args, device)
     detector.whitening = fit_distance(detector, features, labels, device)
 
-    calibration = calibration[:: math.ceil(len(calibration) / 1000)]  # a thousand will do
-    normal = [samples[i] for i in calibration]
-    s, scores = detect(detector, images[calibration], normal, state["classes"], device)
-    state["normal"] = metrics.calibrate(s, scores, normal)
+    chosen = calibration_images([samples[i] for i in index], held)
+    normal = [samples[i] for i in index[chosen]]
+    s, scores = detect(detector, images[index[chosen]], normal, state["classes"], device)
+    state["calibration"] = metrics.calibrate(s, scores, normal, held[chosen])
+    state["trained"] = True
     save(args, state, detector, [])
 
 
-# ------------------------------------------------------------------------- evaluation, and the run
-
-
-def evaluate(detector, state, args, samples, images, masks, device):
-    """{row: metrics} of the test images of the model's classes, one row of the table at a time."""
-    rows = {}
-    for i, sample in enumerate(samples):
-        if args.data == "cifar10" or sample.cls in state["classes"]:
-            rows.setdefault(sample.row, []).append(i)
-
-    detector.eval()
-    results = {}
-    for row, index in rows.items():
-        mine = [samples[i] for i in index]
-        pixels = images[index]
-        s, scores = detect(detector, pixels, mine, state["classes"], device)
-        results[row] = metrics.evaluate(mine, scores, s, masks[index])
-        if args.save_maps:
-            folder = Path(args.out, "maps", row)
-            metrics.save_maps(folder, pixels, mine, scores, s, masks[index], state["normal"])
-    return results
-
-
-def run(args, states, device):
-    """Train a model for all classes or one for each, or take those of --eval; then the table."""
-    open_folder(args)
-    if device.type == "cuda":
-        log.info(f"{torch.cuda.get_device_name(device)}, matrix products in TF32")
-    classes, train_samples, test = data.load(args.data, args.root, args.classes, args.normals)
-    masks = data.decode_masks(test, args.size)
-    test_images = data.decode(test, args.size)
-    images = None
-    if not args.eval:
-        if args.data in ("folder", "toy"):
-            ours = {key: vars(args)[key] for key in PRESETS[args.data]}
-            log.info(f"not the paper's settings but ours for {args.data}: {ours}")
-        images = data.decode(train_samples, args.size)
-        data.warn_of_copies(train_samples, images, test, test_images)
-        groups = [classes] if args.unified else [[cls] for cls in classes]
-        started = {state["name"]: state for state in states}
-        states = [new_state(args, group) for group in groups]
-        states = [started.get(state["name"], state) for state in states]
-
-    torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
-    backbone = Backbone(args, "none" if args.eval else args.weights)
-    results = {}
-    for state in states:
-        torch.manual_seed(args.seed)
-        detector = make_detector(args, state, backbone).to(device)
-        if state["normal"] is None:
-            fit(detector, state, args, train_samples, images, device)
-        if RANK == 0:
-            results |= evaluate(detector, state, args, test, test_images, masks, device)
-    if args.eval and not results:
-        raise data.DataError("no test images of the classes that trained (--root, --classes)")
-    if RANK == 0:
-        paper = published(args, results)
-        log.info(metrics.table([results], paper))
-        if args.out:
-            metrics.save_result(args.out, vars(args), results, paper)
-            log.info(f"written to {args.out}")
+def calibration_images(samples, held):
+    """Indices: of each class its held-out images, or else those that trained; of many an even
+    choice, a thousand in all or a hundred of each class."""
+    classes = dict.fromkeys(sample.cls for sample in samples)
+    each = max(100, 1000 // len(classes))
+    chosen = []
+    for cls in classes:
+        mine = np.flatnonzero([sample.cls == cls for sample in samples])
+        if held[mine].any():
+            mine = mine[held[mine]]
+        even = np.linspace(0, len(mine), min(each, len(mine)), endpoint=False, dtype=int)
+        chosen.extend(mine[even])
+    return np.array(chosen)
 
 
 def new_state(args, classes):
@@ -881,9 +959,10 @@ def new_state(args, classes):
         "classes": classes,
         "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
+        "trained": False,  # all epochs, and what follows them
         "detector": None,  # its tensors after that epoch
         "optimizers": [],
-        "normal": None,  # once trained: what normal images look like to the detector
+        "calibration": None,  # what normal images look like to the trained detector
     }
 
 
@@ -891,31 +970,133 @@ def save(args, state, detector, optimizers):
     if RANK == 0:
         state["detector"] = detector.state_dict()
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        with data.written(Path(args.out, f"{state['name']}.pt")) as temporary:
-            torch.save(state, temporary)
-
-
-def read_state(path):
-    state = data.read_tensors(path)
-    if state.get("args", {}).keys() != SETTINGS.keys():
-        raise data.DataError(f"{path}: not a checkpoint of this version of mintad.py")
-    return state
+        data.save_tensors(Path(args.out, f"{state['name']}.pt"), state)
 
 
 def make_detector(args, state, backbone):
     """The detector that the settings name, with the state's tensors if it has any."""
+    K = len(state["classes"])
     tensors = state["detector"]
-    text = None
-    if args.query == "text" and tensors:
-        text = tensors["model.text"]
-    elif args.query == "text":
-        with data.explain(f"--text {args.text}: expected a row of one length for each class"):
-            rows = data.read_tensors(args.text)
-            text = torch.stack([rows[cls].float().flatten() for cls in state["classes"]])  # K x T
-    detector = Detector(args, state["classes"], backbone, text)
+    if args.uniad:
+        text = None
+        if args.query == "text":
+            text = tensors["model.text"] if tensors else read_texts(args.text, state["classes"])
+        model = UniAD(backbone.C, backbone.H, backbone.W, K, args.query, text)
+    else:
+        shape = backbone.C, backbone.H, backbone.W, K
+        losses = args.cls_loss, args.prior_loss
+        model = MINTAD(*shape, args.query, args.prompt, args.adapter, *losses)
+    detector = Detector(backbone, model, K, args.size, args.distance, args.score)
     if tensors:
-        detector.load_state_dict(tensors)
+        with data.explain(f"the checkpoint of {state['name']} is damaged"):
+            detector.load_state_dict(tensors)
     return detector
+
+
+def read_texts(path, classes):
+    """K x T: of a file with a row of one length for each class."""
+    with data.explain(f"--text {path}: expected a row of one length for each class"):
+        rows = data.read_tensors(path)
+        return torch.stack([rows[cls].float().flatten() for cls in classes])
+
+
+# ------------------------------------------------------------------------- the run, and its table
+
+
+def run(args, states, device):
+    """Train what is asked for, a model for all classes or one for each, then test what is trained.
+
+    states: of --eval's checkpoints, or those with which --resume goes on.
+    """
+    open_folder(args)
+    if device.type == "cuda":
+        log.info(f"{torch.cuda.get_device_name(device)}, matrix products in TF32")
+    training = not args.eval
+    sets = args.data, args.root, args.classes, args.normals
+    classes, train_samples, test_samples = data.load(*sets, training)
+    masks = data.decode_masks(test_samples, args.size)
+    test_images = data.decode(test_samples, args.size)
+    torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
+    weights = args.weights if training and not states else "none"
+    backbone = Backbone(args.backbone, weights, args.size, args.levels, args.pool)
+
+    if training:
+        if args.data in ("folder", "toy"):
+            ours = {key: vars(args)[key] for key in PRESETS[args.data]}
+            log.info(f"not the paper's settings but ours for {args.data}: {ours}")
+        images = data.decode(train_samples, args.size)
+        data.warn_of_copies(train_samples, images, test_samples, test_images)
+        groups = [classes] if args.unified else [[cls] for cls in classes]
+        started = {state["name"]: state for state in states}
+        states = [new_state(args, group) for group in groups]
+        states = [started.get(state["name"], state) for state in states]
+        for state in states:
+            if not state["trained"]:
+                torch.manual_seed(args.seed)
+                detector = make_detector(args, state, backbone).to(device)
+                fit(detector, state, args, train_samples, images, device)
+
+    results = {}
+    for state in states:
+        if RANK == 0:
+            detector = make_detector(args, state, backbone).to(device).eval()
+            results |= test(detector, state, args, test_samples, test_images, masks, device)
+    if RANK == 0:
+        report(args, results)
+
+
+def test(detector, state, args, samples, images, masks, device):
+    """{row: metrics} of the test images of the model's classes, one row of the table at a time."""
+    trained = {sample.row for sample in samples if sample.cls in state["classes"]}
+    results = {}
+    for row in dict.fromkeys(sample.row for sample in samples if sample.row in trained):
+        index = [i for i, sample in enumerate(samples) if sample.row == row]
+        mine = [samples[i] for i in index]
+        pixels = images[index]
+        s, scores = detect(detector, pixels, mine, state["classes"], device)
+        results[row] = metrics.evaluate(mine, scores, s, masks[index])
+        if args.save_maps:
+            folder = Path(args.out, "maps", row)
+            metrics.save_maps(folder, pixels, mine, scores, s, masks[index], state["calibration"])
+    return results
+
+
+def report(args, results):
+    """The table, the paper's figures beside ours, into the log and RUN/metrics.json."""
+    if args.eval and not results:
+        raise data.DataError("no test images of the classes that trained (--root, --classes)")
+    paper = published(args, results)
+    log.info(metrics.table([results], paper))
+    if args.out:
+        metrics.save_result(args.out, vars(args), results, paper)
+        log.info(f"written to {args.out}")
+
+
+def read_states(folder, name):
+    """The checkpoint, or all of a folder, that a flag of that name gives. UserError: not of this
+    version, or models that do not belong to one table."""
+    paths = sorted(Path(folder).glob("[!.]*.pt")) or [Path(folder)]
+    states = []
+    seen = {}
+    for path in paths:
+        state = data.read_tensors(path)
+        saved = state.get("args")
+        if not isinstance(saved, dict) or saved.keys() != SETTINGS.keys():
+            raise data.UserError(f"{path}: not a checkpoint of this version of mintad.py")
+        states.append(state)
+        for cls in state["classes"]:
+            if cls in seen:
+                raise data.UserError(f"{name} {folder}: {path} and {seen[cls]} both have {cls}")
+            seen[cls] = path
+        first = states[0]["args"]
+        for key in SETTINGS.keys() - {"root", "classes"}:
+            if saved[key] != first[key]:
+                flag = f"--{key.replace('_', '-')}"
+                raise data.UserError(
+                    f"{name} {folder}: {flag} is {first[key]} in {paths[0]} and {saved[key]} in "
+                    f"{path}; take models of one setting"
+                )
+    return states
 
 
 def open_folder(args):
@@ -924,9 +1105,10 @@ def open_folder(args):
         return
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    files = set(os.listdir(folder)) - {"log.txt", "args.json"}
+    data.remove_leftovers(folder)
+    files = {path.name for path in folder.iterdir()} - {"log.txt", "args.json"}
     if files and not args.resume:
-        raise data.DataError(f"--out {folder} holds files; name a new folder, or --resume that run")
+        raise data.UserError(f"--out {folder} holds files; name a new folder, or --resume that run")
     log.parent.addHandler(logging.FileHandler(folder / "log.txt", errors="backslashreplace"))
     if not args.resume:
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -987,13 +1169,15 @@ TABLES = {  # (set, unified): the table, and where a metric's two columns begin
 def published(args, rows):
     """The paper's figures, {row: {metric: value}}, beside its model however trained; else {}."""
     table, columns = TABLES.get((args.data, args.unified), ("", {}))
-    own = ["size", "backbone", "pool", "query", "prompt", "adapter", "cls_loss", "prior_loss"]
-    own += ["literal", "distance"]
+    own = ["size", "backbone", "levels", "pool", "query", "prompt", "adapter", "cls_loss"]
+    own += ["prior_loss", "literal", "distance", "score"]
     if args.unified:
         own.append("classes")  # of fewer it is another model
-    theirs = vars(get_parser().parse_args([]))
+    theirs = {key: default for key, (default, _) in SETTINGS.items()}
     if args.uniad:
-        theirs["query"] = "layerwise"
+        theirs |= UNIAD
+    if args.data == "cifar10":
+        theirs |= PRESETS["cifar10"]
     if any(vars(args)[key] != theirs[key] for key in own):
         return {}
     result = {}
@@ -1007,108 +1191,122 @@ def published(args, rows):
     return result
 
 
-# ----------------------------------------------------------- a trained model's use, and benchmark
+# --------------------------------------------------------------------------- a trained model's use
+
+
+def known_class(args, state, detector):
+    """Index of the class that all photos are of: the user says it, or there is one; else None."""
+    known = state["classes"]
+    classes = args.classes or known
+    if len(classes) == 1 and classes[0] in known:
+        return known.index(classes[0])
+    if args.classes or detector.model.needs_label:
+        raise data.UserError(f"--classes: expected one of {', '.join(known)}")
+    return None
+
+
+def class_names(state, detector, label):
+    """Name of each class index that the detector returns; "" where it does not know the class."""
+    if label is not None or detector.model.knows_class:
+        return state["classes"]
+    return [""] * len(state["classes"])
 
 
 def predict(args, state, detector, device):
     """Score, verdict, class and picture of each image of --predict; True if all could be read."""
-    known = state["classes"]
-    classes = known if args.classes == state["args"]["classes"] else args.classes
-    label = None  # the classifier's
-    if len(classes) == 1 and classes[0] in known:  # the user says which, or there is one
-        label = known.index(classes[0])
-    elif detector.model.needs_label or classes != known:
-        raise data.DataError(f"--classes: expected one of {', '.join(known)}")
+    label = known_class(args, state, detector)
+    names = class_names(state, detector, label)
+    asked = names if label is None else [names[label]]
     paths = data.find_images(args.predict)
     open_folder(args)
+    thresholds = metrics.thresholds(state["calibration"], args.quantile, asked)
 
     def judge(pixels):
-        labels = None if label is None else torch.full((len(pixels),), label)
-        s, scores, cls = infer(detector, pixels, labels, device)
-        names = [known[k] for k in cls]
+        labels = None
         if label is not None:
-            names = [known[label]] * len(pixels)
-        elif not detector.knows_class:
-            names = [""] * len(pixels)
-        return s.numpy(), scores.numpy(), names
+            labels = torch.full((len(pixels),), label)
+        s, scores, cls = infer(detector, pixels, labels, device)
+        return s.numpy(), scores.numpy(), [names[k] for k in cls]
 
     batch_size = 4 if device.type == "cpu" else 32
-    options = args.quantile, args.out, batch_size, args.size
-    return metrics.predict(paths, judge, state["normal"], *options)
+    options = state["calibration"], thresholds, args.out, batch_size, args.size
+    return metrics.predict(paths, judge, *options)
+
+
+class Program(nn.Module):
+    """What --export writes: photos as they are, uint8 B x 3 x H x W of any H and W, RGB -> map
+    s: B x size x size, score: B, class: B, and the threshold of that class: B."""
+
+    def __init__(self, detector, thresholds, label):
+        super().__init__()
+        self.detector = detector
+        self.label = label
+        self.register_buffer("threshold", torch.tensor(thresholds))
+
+    def forward(self, photo):
+        size = (self.detector.size, self.detector.size)
+        image = F.interpolate(photo.float(), size, mode="bilinear", antialias=True)  # as Pillow
+        image = image.round().clamp(0, 255) / 255
+        label = None
+        if self.label is not None:
+            label = torch.full_like(image[:, 0, 0, 0], self.label, dtype=torch.long)  # B
+        s, score, cls = self.detector(image, label)
+        return s, score, cls, self.threshold[cls]
 
 
 def export(args, state, detector):
-    """Write the network as a torch.export program, which loads without this project."""
-    inputs = [torch.rand(2, 3, args.size, args.size)]
-    if detector.model.needs_label:
-        inputs.append(torch.zeros(2, dtype=torch.long))
-    shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
-    if Path(args.export).exists():
-        raise data.DataError(f"--export {args.export}: exists; name a new file")
-    with torch.no_grad(), data.written(args.export) as temporary:
-        program = torch.export.export(detector, tuple(inputs), dynamic_shapes=shapes)
-        torch.export.save(program, temporary)
-    log.info(f"{args.export}: RGB B x 3 x {args.size} x {args.size} in 0..1 -> map, score, class")
+    """Write a torch.export program, which needs nothing but torch."""
+    label = known_class(args, state, detector)
+    names = class_names(state, detector, label)
+    asked = names if label is None else [names[label]]
+    thresholds = metrics.thresholds(state["calibration"], args.quantile, list(dict.fromkeys(asked)))
+    values = [thresholds.get(name, math.nan) for name in names]
+    program = Program(detector, values, label).eval().requires_grad_(False)
+    shapes = {0: "B", 2: "H", 3: "W"}
+    shapes = {axis: torch.export.Dim(name, min=1) for axis, name in shapes.items()}
+    photo = torch.zeros(2, 3, 300, 400, dtype=torch.uint8)
+    with data.written(args.export) as temporary:
+        exported = torch.export.export(program, (photo,), dynamic_shapes=(shapes,))
+        torch.export.save(exported, temporary)
+    log.info(f"{args.export}: RGB photos, uint8 B x 3 x H x W -> map, score, class, threshold")
     log.info(f"classes from 0 on: {', '.join(state['classes'])}")
-    metrics.thresholds(state["normal"], args.quantile)
-
-
-def bench(args, device):
-    """Table 6: parameters, multiply-adds, seconds per batch; then the whole path of --predict."""
-    state = new_state(args, [str(k) for k in range(15)])
-    detector = make_detector(args, state, Backbone(args, "none")).to(device).eval()
-    detector.requires_grad_(False)
-    log.info(f"{args.backbone}, {args.size} px, {device}, {torch.get_num_threads()} threads")
-    for name, part in detector.named_children():
-        log.info(f"parameters, {name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M")
-    image = torch.rand(64, 3, args.size, args.size, device=device)
-    label = torch.arange(64, device=device) % 15
-    f = detector.backbone(image[:1])
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        detector.model(f, label[:1])
-    log.info(f"multiply-adds, model: {counter.get_total_flops() / 2e9:.2f} G")
-    for B in (1, 8, 16, 32, 64):
-        detector(image[:B], label[:B])  # a first time for its memory and kernels
-        start = time.time()
-        s, score, _ = (x.cpu() for x in detector(image[:B], label[:B]))
-        log.info(f"batch {B}: {time.time() - start:.4f} s")
-    log.info("the paper: 9.44 M, 1.13 G; .026 .035 .057 .104 .194 s (UniAD 6.27 M, 0.92 G)")
-
-    samples = [data.Sample("", 0, "0", "0")] * 64
-    state["normal"] = metrics.calibrate(s.numpy(), score.numpy(), samples)
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(64):
-            pixels = np.random.randint(0, 256, (256, 256, 3), np.uint8)
-            Image.fromarray(pixels).resize((1024, 1024)).save(f"{folder}/{i}.jpg")
-        args.predict = [folder]
-        args.out = f"{folder}/out"
-        args.classes = ["0"]
-        start = time.time()
-        predict(args, state, detector, device)
-        log.info(f"--predict: {64 / (time.time() - start):.1f} images/s, from file to picture")
 
 
 # -------------------------------------------------------------------------------------- arguments
 
+CHOICES = {
+    "normals": ["01234", "56789", "02468", "13579"],
+    "levels": [4, 5],
+    "pool": POOLS,
+    "query": [*QUERIES, *UNIAD_QUERIES],
+    "prompt": PROMPTS,
+    "optimizer": OPTIMIZERS,
+    "distance": DISTANCES,
+    "score": SCORES,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise data.UserError(f"{message} (--help lists the options)")
+
 
 def get_parser():
     """A flag for each of SETTINGS and ACTIONS, and --no-FLAG for what is on or off."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]; --help lists them",
+    parser = Parser(
+        usage="%(prog)s [options]",
         description="MINT-AD (arXiv 2403.14213): train, evaluate, predict.",
-        epilog=f"Presets: {PRESETS}",
+        epilog=f"Presets: {PRESETS}; --uniad: {UNIAD}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for key, (default, text) in (SETTINGS | ACTIONS).items():
         options = {"default": default, "help": text}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, list):
-            options |= {"default": default[0], "choices": default}
-        elif default is None:
-            options["type"] = os.path.expanduser
         else:
-            options["type"] = type(default)
+            options["type"] = os.path.expanduser if default is None else type(default)
+        if key in CHOICES:
+            options["choices"] = list(CHOICES[key])
         if key in ("classes", "predict"):
             options["nargs"] = "+"
         parser.add_argument(f"--{key.replace('_', '-')}", **options)
@@ -1116,113 +1314,170 @@ def get_parser():
 
 
 def parse_args(argv=None):
-    """The arguments, and the states of the run of --eval or --resume. What the user left out comes
-    from the set's preset, or from that run, which what is typed may not contradict."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    states = []
-    saved = {}
-    if args.uniad:
-        parser.set_defaults(query="layerwise")
-    if args.resume and (args.eval or not args.out):
-        parser.error("--resume goes on with the run in --out RUN, without --eval")
-    if args.eval or args.resume:
-        source = Path(args.eval or args.out)
-        paths = sorted(source.glob("[!.]*.pt"))
-        if args.resume and not paths:
-            parser.error(f"--resume: no checkpoint in {source}; start it again without --resume")
-        states = [read_state(path) for path in paths or [source]]
-        saved = states[0]["args"]
-    elif not args.bench:
-        parser.set_defaults(**PRESETS.get(args.data, {}))
-    parser.set_defaults(**saved)
+    """The arguments, and the states of the checkpoints of --eval or --resume. UserError.
 
-    args = parser.parse_args(argv)  # what the user typed wins
-    if not args.out and not args.eval:
-        args.out = f"runs/mintad-{args.data}-{'unified' if args.unified else 'separate'}"
-    free = ["root"]
-    if args.eval:
-        free += ["classes"] if args.predict else ["classes", "distance"]
-    for key, value in saved.items():
-        if key not in free and getattr(args, key) != value:
-            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
-            parser.error(f"{flag}: the run has {value}")
-    check(parser, args, states)
-    if args.prompt != "feature":
-        args.cls_loss = False  # no classifier, no Eq. 1
+    What is not typed comes from the set's preset, or with --eval and --resume from that run.
+    """
+    parser = get_parser()
+    untyped = argparse.Namespace(**dict.fromkeys(SETTINGS | ACTIONS))
+    typed = vars(parser.parse_args(argv, untyped))
+    typed = {key: value for key, value in typed.items() if value is not None}
+    args = parser.parse_args([])
+    states = []
+    if typed.get("eval") or typed.get("resume"):
+        states = saved_states(typed)
+        preset = dict(states[0]["args"])
+        subsets = [state["args"]["classes"] for state in states]
+        preset["classes"] = None
+        if all(subsets):  # of models that were trained side by side
+            preset["classes"] = list(dict.fromkeys(sum(subsets, [])))
+        if typed.get("predict") or typed.get("export"):
+            preset["classes"] = None  # what is typed says of which class the photos are
+    else:
+        preset = UNIAD if typed.get("uniad") else {}
+        preset = preset | PRESETS.get(typed.get("data", args.data), {})
+    vars(args).update(preset)
+    vars(args).update(typed)
+
+    if args.query == "learned" and not (args.cls_loss or args.prior_loss or "prompt" in typed):
+        args.prompt = "none"  # Table 5: nothing uses z
     if args.query == "mlp":
         args.prior_loss = False  # Sec. 0.B.6
+    if not args.out and not args.eval:
+        args.out = f"runs/mintad-{args.data}-{'unified' if args.unified else 'separate'}"
+    check(args, typed, states)
     return args, states
 
 
-def check(parser, args, states):
-    """Ends with one line where a value is out of range or flags do not go together."""
-    for key, value in vars(args).items():
+def saved_states(typed):
+    """The states of --eval or --resume, whose settings are the run's."""
+    free = {"root"}
+    if typed.get("resume"):
+        if "eval" in typed or "out" not in typed:
+            raise data.UserError("--resume goes on with the run in --out RUN, without --eval")
+        if not list(Path(typed["out"]).glob("[!.]*.pt")):
+            raise data.UserError(
+                f"--resume: no checkpoint in {typed['out']}; start it again without --resume"
+            )
+        states = read_states(typed["out"], "--resume")
+    else:
+        states = read_states(typed["eval"], "--eval")
+        free |= {"classes"}
+        if not ("predict" in typed or "export" in typed):  # their thresholds are the run's
+            free |= {"distance", "score"}
+        if not all(state["trained"] for state in states):
+            raise data.UserError(
+                f"--eval {typed['eval']}: its training stopped early; finish it with --resume"
+            )
+    for key in typed.keys() & SETTINGS.keys() - free:
+        saved = states[0]["args"][key]
+        raise data.UserError(
+            f"--{key.replace('_', '-')} {typed[key]}: the run has {saved}, leave it out"
+        )
+    return states
+
+
+def check(args, typed, states):
+    """UserError where a value is out of range or flags do not go together."""
+    for key, value in typed.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value == "" or value == [] or (isinstance(value, list) and "" in value):
+            raise data.UserError(f"{flag}: empty, as an unset variable is")
         least = 1 if key in ("epochs", "batch_size", "size") else 0
         most = 1 if key in ("holdout", "quantile") else 2**31
         if isinstance(value, int | float) and not least <= value <= most:
-            parser.error(f"--{key.replace('_', '-')} {value}: expected {least} to {most}")
-    if args.data == "cifar10" and not args.unified and not args.bench:
-        parser.error("--data cifar10 --no-unified: its five normal classes train one model")
-    if args.eval and args.bench:
-        parser.error("--eval goes without --bench")
-    if args.eval and any(state["normal"] is None for state in states):
-        parser.error(f"--eval {args.eval}: its training stopped early; finish it with --resume")
-    if (args.predict or args.export) and len(states) != 1:
-        parser.error("--predict and --export take one model, --eval RUN/FILE.pt")
-    if (args.predict or args.save_maps) and not args.out:
-        parser.error("--predict and --save-maps write into a new folder, --out DIR")
+            raise data.UserError(f"{flag} {value}: expected {least} to {most}")
+    if "root" in typed and args.data == "toy":
+        raise data.UserError(f"--root {args.root}: of which set? --data folder for your own photos")
+    if args.data == "cifar10" and not args.unified:
+        raise data.UserError("--data cifar10 --no-unified: its five classes train one model")
+    check_use(args, typed, states)
+    check_variant(args)
 
-    needs_label = args.prompt == "label" or args.query in ("pool", "token", "text")
+
+def check_use(args, typed, states):
+    """Of --predict, --export and --save-maps."""
+    if args.predict or args.export:
+        if len(states) != 1 or not args.eval:
+            raise data.UserError("--predict and --export take one model, --eval RUN/FILE.pt")
+        if WORLD > 1:
+            raise data.UserError("--predict and --export are for one process: without torchrun")
+    elif "quantile" in typed:
+        raise data.UserError("--quantile is for --predict and --export")
+    if (args.predict or args.save_maps) and not args.out:
+        raise data.UserError("--predict and --save-maps write into a new folder, --out DIR")
+    for path in args.predict or []:
+        if Path(args.out).resolve().is_relative_to(Path(path).resolve()):
+            raise data.UserError(f"--out {args.out} lies in --predict {path}: name another folder")
+    if args.export and not args.export.endswith(".pt2"):
+        raise data.UserError(f"--export {args.export}: name it {args.export}.pt2")
+    if args.export and Path(args.export).exists():
+        raise data.UserError(f"--export {args.export}: exists; name a new file")
+
+
+def check_variant(args):
+    """Of the papers' variants: what belongs to UniAD, to MINT-AD, to a classifier."""
     own = [args.prompt == "feature", args.adapter, args.cls_loss, args.prior_loss, not args.literal]
-    if args.uniad != (args.query in ("layerwise", "pool", "token", "text")):
-        parser.error(f"--query {args.query}: layerwise, pool, token and text are --uniad's")
+    needs_label = PROMPTS[args.prompt].needs_label or UNIAD_QUERIES.get(args.query, False)
+    if args.uniad != (args.query in UNIAD_QUERIES):
+        raise data.UserError(f"--query {args.query}: {', '.join(UNIAD_QUERIES)} are --uniad's")
     if args.uniad and not all(own):
-        parser.error("--uniad is whole: it has no prompt, adapter or loss to choose")
+        raise data.UserError("--uniad is whole: it has no prompt, adapter or loss to choose")
     if (args.query == "text") != bool(args.text):
-        parser.error("--query text and --text FILE go together")
-    if args.query == "learned" and not args.prior_loss and args.prompt != "feature":
-        parser.error("--query learned --no-prior-loss: nothing uses the token of --prompt")
+        raise data.UserError("--query text and --text FILE go together")
+    uses_z = (
+        args.query != "learned" or args.prior_loss or (args.prompt == "feature" and args.cls_loss)
+    )
+    if not args.uniad and uses_z == (args.prompt == "none"):
+        raise data.UserError(f"--prompt {args.prompt}: z is {'' if uses_z else 'not '}used here")
     if args.data == "cifar10" and needs_label:
-        parser.error("--data cifar10: this variant needs the class, and an anomaly has none")
+        raise data.UserError("--data cifar10: this variant needs the class; an anomaly has none")
+
+
+def get_device(name):
+    """The torch device, of several processes one GPU each; ready for use. UserError: none."""
+    with data.explain(f"--device {name}"):
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", LOCAL_RANK)
+        torch.zeros(1, device=device).item()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
 
 
 def main(argv=None):
-    """Exit status 0; 1: an image was not judged; 2: a line says why."""
+    """Exit status 0; 1: an image was not judged; 2: a line says why; 130: interrupted."""
     level = logging.ERROR if RANK else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
+    hint = ""
     try:
         args, states = parse_args(argv)
-        backend = "gloo"
-        with data.explain(f"--device {args.device}"):
-            device = torch.device(args.device)
-            if device.type == "cuda" and device.index is None:  # a GPU for each process
-                backend = "nccl"
-                device = torch.device("cuda", LOCAL_RANK)
-            torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # TF32
+        device = get_device(args.device)
         if LAUNCHED:
+            backend = "nccl" if args.device == "cuda" else "gloo"  # NCCL: a GPU for each process
             dist.init_process_group(backend, timeout=timedelta(hours=1))
-        if args.bench:
-            bench(args, device)
-        elif args.predict or args.export:
-            detector = make_detector(args, states[0], Backbone(args, "none")).eval()
+        if args.predict or args.export:
+            backbone = Backbone(args.backbone, "none", args.size, args.levels, args.pool)
+            detector = make_detector(args, states[0], backbone).eval().requires_grad_(False)
             if args.export:
                 export(args, states[0], detector)
             if args.predict and not predict(args, states[0], detector.to(device), device):
                 sys.exit(1)
         else:
+            hint = "" if args.eval else "; --resume goes on from the last checkpoint, one a minute"
             run(args, states, device)
         if LAUNCHED:
             dist.destroy_process_group()
-    except (data.DataError, OSError) as error:
-        if LOCAL_RANK == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except (data.UserError, OSError) as error:
+        if RANK:
+            time.sleep(3)  # if process 0 says the same, torchrun has ended this one by then
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; --resume goes on from the last checkpoint, one a minute")
+        print(f"interrupted{hint}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

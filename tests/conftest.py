@@ -41,6 +41,10 @@ def needs_toy_run(item):
     return "toy_run" in item.fixturenames
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")  # no library's warning reaches a user
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=needs_toy_run)
 
@@ -161,15 +165,20 @@ def tiny(script, photos, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_runs(photos_to_copy, call, tmp_path_factory):
-    """The folders of a finished tiny run of each script."""
-    folders = {}
-    for script, backbone in BACKBONE.items():
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            shrink(monkeypatch)
-            folders[script] = tmp_path_factory.mktemp(script) / "run"
-            monkeypatch.chdir(photos_to_copy.parent)
-            call(script, *TINY.split(), *backbone.split(), "--out", folders[script])
-    return folders
+    """The folder of a finished tiny run of each script, which is trained when it is asked for."""
+
+    class Runs(dict):
+        def __missing__(self, script):
+            self[script] = tmp_path_factory.mktemp(script) / "run"
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                shrink(monkeypatch)
+                monkeypatch.chdir(photos_to_copy.parent)
+                flags = [*TINY.split(), *BACKBONE[script].split()]
+                ended = call(script, *flags, "--out", self[script])
+            assert ended.status == 0, ended.error
+            return self[script]
+
+    return Runs()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import tempfile
 import zlib
@@ -51,7 +52,8 @@ def small(line=""):
     with pytest.MonkeyPatch.context() as patch:
         for name in "MINTAD", "UniAD":
             patch.setattr(mintad, name, partial(getattr(mintad, name), D=D, layers=2))
-        return mintad.Detector(args, [*"abc"], backbone, text=torch.randn(K, 5))
+        patch.setattr(mintad, "read_texts", lambda path, classes: torch.randn(K, 5))
+        return mintad.make_detector(args, {"classes": [*"abc"], "detector": None}, backbone)
 
 
 def noisy(module):
@@ -68,19 +70,22 @@ def linears(module):
 # ------------------------------------------------------------------------------ Sec. 3.2: backbone
 
 
-@pytest.mark.parametrize("line, levels", [("", 4), ("--pool area", 4), ("--data cifar10", 5)])
-def test_features_are_the_networks_levels_of_the_standardised_image(tmp_path, line, levels):
+NETWORKS = "test_efficientnet", "test_efficientnet_gn"  # of ImageNet's mean and deviation; of .5
+
+
+@pytest.mark.parametrize("pool, levels", [("bilinear", 4), ("area", 4), ("bilinear", 5)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_are_the_networks_levels_of_the_standardised_image(tmp_path, name, pool, levels):
     """Of the weights in a file, by timm's whole network in evaluation mode."""
-    net = noisy(timm.create_model("test_efficientnet"))
+    net = noisy(timm.create_model(name))
     save_file(net.state_dict(), tmp_path / "weights.safetensors")
-    args = settings(f"--size 64 --backbone test_efficientnet {line}")
-    backbone = mintad.Backbone(args, tmp_path / "weights.safetensors")
+    backbone = mintad.Backbone(name, tmp_path / "weights.safetensors", 64, levels, pool)
     image = torch.rand(1, 3, 64, 64)
     mean, std = (torch.tensor(net.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     found = net.forward_intermediates((image - mean) / std, intermediates_only=True)
     expected = []
     for x in found[:levels]:
-        if args.pool == "area":
+        if pool == "area":
             x = F.avg_pool2d(x, x.shape[-1] // 4)
         expected.append(F.interpolate(x, (4, 4), mode="bilinear", align_corners=True).flatten(2))
     close(backbone(image), torch.cat(expected, 1).mT, atol=1e-4, rtol=1e-4)
@@ -93,7 +98,7 @@ def test_features_are_the_networks_levels_of_the_standardised_image(tmp_path, li
     "part, count",
     [
         ("inr", 602_368),  # Table 9: 0.602 M
-        ("token", 69_888 + 65_792 + 8_224 + 1_605_888 + 65_792 + 8_224 + 495),  # Table 12
+        ("prompt", 69_888 + 65_792 + 8_224 + 1_605_888 + 65_792 + 8_224 + 495),  # Table 12
         ("distribution", 2 * 65_792 + 139_808),  # Table 14
         ("transformer.encoder", 4 * (263_168 + 525_568 + 2 * 512)),  # Table 15
         ("transformer.decoder", 4 * (2 * 263_168 + 525_568 + 3 * 512)),
@@ -106,10 +111,10 @@ def test_part_has_the_papers_weights(part, count):
 @pytest.mark.parametrize(
     "name, mean, deviation",
     [
-        ("token.class_encoder.0.weight", 0, math.sqrt(2 / 272)),  # Kaiming's
-        ("token.channel_encoder.0.weight", 0, math.sqrt(2 / 196)),  # its input: 196 softmaxes
-        ("token.head.weight", 0, 5),
-        ("token.head.bias", 0, 0),
+        ("prompt.class_encoder.0.weight", 0, math.sqrt(2 / 272)),  # Kaiming's
+        ("prompt.channel_encoder.0.weight", 0, math.sqrt(2 / 196)),  # its input: 196 softmaxes
+        ("prompt.head.weight", 0, 5),
+        ("prompt.head.bias", 0, 0),
         ("positions", 0, 1),
         ("inr.synthesis.0.weight", 0, 30 / 3 / math.sqrt(3)),  # SIREN's, with its omega of 30
         ("inr.synthesis.1.weight", 0, math.sqrt(6 / 256 / 3)),
@@ -138,7 +143,7 @@ def test_uniads_layers_start_as_copies_but_for_linear_ones():
     first, second = model.transformer.decoder
     assert torch.equal(first.self_attn.in_proj_weight, second.self_attn.in_proj_weight)
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
-    assert torch.equal(model.query[:, 0], model.query[:, 1])
+    assert torch.equal(model.learned[:, 0], model.learned[:, 1])
 
 
 def test_class_token_is_a_softmax_of_the_positions_softmaxes():
@@ -147,7 +152,7 @@ def test_class_token_is_a_softmax_of_the_positions_softmaxes():
     one, two, three, four, five, six, head = linears(prompt)
     x = three(two(one(f_).relu()).relu()).softmax(-1).reshape(B, 4 * 32)
     z = six(F.leaky_relu(five(F.leaky_relu(four(x))))).softmax(-1)
-    close(prompt(f_), (z, head(z)))
+    close(prompt(f_, None), (z, head(z)))
 
 
 def test_inr_is_equations_8_and_9():
@@ -185,7 +190,7 @@ def test_uniad_gives_the_map_of_its_authors_code():
         tensor.data = fill(theirs, tensor.shape)
     for i in range(4):
         name = f"transformer.decoder.layers.{i}.learned_embed.weight"
-        model.query.data[0, i] = fill(name, (196, 256))
+        model.learned.data[0, i] = fill(name, (196, 256))
     f = torch.randn(2, 272, 14, 14, generator=torch.Generator().manual_seed(77))
     f, r, _, _ = model(f.flatten(2).transpose(1, 2))
     s = (f - r).norm(dim=-1).view(2, 1, 14, 14)
@@ -230,18 +235,18 @@ def in_training(model, f):
     return [x for x in model(f, LABEL) if x is not None]
 
 
-@pytest.mark.parametrize("query", ["layerwise", "pool", "token", "text --text FILE"])
+@pytest.mark.parametrize("query", ["layerwise", "per-class", "token", "text --text FILE"])
 def test_uniad_has_table_4s_queries(query):
     model = noisy(small(f"--uniad --query {query}").model)
     f = torch.randn(B, P, C)
     mask = mintad.neighbour_mask(H, W)
     token = None
-    if query == "pool":  # a query per class
-        queries = model.query[LABEL].unbind(1)
+    if query == "per-class":
+        queries = model.learned[LABEL].unbind(1)
     elif query.startswith("text"):  # at every position and layer
-        queries = [model.query(model.text[LABEL]).unsqueeze(1).expand(B, P, D)] * 2
+        queries = [model.project(model.text[LABEL]).unsqueeze(1).expand(B, P, D)] * 2
     else:
-        queries = [q.expand(B, -1, D) for q in model.query[0]]
+        queries = [q.expand(B, -1, D) for q in model.learned[0]]
     if query == "token":  # that all positions see
         token = model.token(F.one_hot(LABEL, K).float())
         mask = F.pad(mask, (0, 1, 0, 1))
@@ -251,47 +256,80 @@ def test_uniad_has_table_4s_queries(query):
 
 # --------------------------------------------------------------------------- the model of Figure 3
 
-VARIANTS = ["", "--query mlp", "--query learned", "--prompt label", "--prompt image"]
-VARIANTS += ["--query learned --no-prior-loss --no-cls-loss --no-adapter"]
-VARIANTS += ["--no-prior-loss", "--no-cls-loss", "--no-adapter", "--no-cls-loss --no-prior-loss"]
+WHERE_Z = {  # the prompt's z of f' and the class
+    "feature": lambda prompt, f_: prompt(f_, None)[0],
+    "label": lambda prompt, f_: prompt.project(F.one_hot(LABEL, K).float()),
+    "image": lambda prompt, f_: prompt.project(f_.mean(1)),
+}
 
 
-@pytest.mark.parametrize("line", VARIANTS)
-def test_a_variant_is_its_parts_put_together(line):
-    model = noisy(small(line).model)
+@pytest.mark.parametrize("prompt", WHERE_Z)
+@pytest.mark.parametrize("query", ["inr", "mlp", "learned"])
+def test_z_and_the_query_are_those_of_tables_4_5_and_9(query, prompt):
+    model = noisy(small(f"--prompt {prompt} --query {query}").model)
     model.mean = torch.randn(C)
     model.std = torch.rand(C) + 0.5
     f = torch.randn(B, P, C)
-
-    without = re.findall("--no-(adapter|cls|prior)", line)
-    expected = []
-    f_ = (f - model.mean) / model.std
-    if "adapter" not in without:
-        f_ = F.linear(f_, model.adapter.weight, model.adapter.bias)
-    if "label" in line:
-        z = model.token(F.one_hot(LABEL, K).float())
-    elif "image" in line:
-        z = model.token(f_.mean(1))
-    elif len(without) < 3:
-        z, logits = model.token(f_)
-        expected += [] if "cls" in without else [logits]
-    if "mlp" in line:  # Sec. 0.B.6, without the prior
-        one, two, three = linears(model.mlp)
-        q = three(two(one(z).relu()).relu()).view(B, P, D)
-    elif "prior" not in without or line.count("learned") == 0:
+    f_ = F.linear((f - model.mean) / model.std, model.adapter.weight, model.adapter.bias)
+    z = WHERE_Z[prompt](model.prompt, f_)
+    if query == "inr":
         q = model.inr(model.positions, z)
-    if "prior" not in without and "mlp" not in line:
-        one, two, three = linears(model.distribution)  # Table 14
-        three.weight *= 100
-        mu, log_sigma = three(F.leaky_relu(two(F.leaky_relu(one(q))))).chunk(2, -1)
-        expected.append((mu, log_sigma.clamp(-5, 5)))
-    if "learned" in line:
-        q = model.learned.expand(B, P, D)
+    elif query == "mlp":  # Sec. 0.B.6
+        one, two, three = linears(model.query)
+        q = three(two(one(z).relu()).relu()).view(B, P, D)
+    else:
+        q = model.query.q.expand(B, P, D)
     r = reference(model.transformer, f_, [q, q])  # the same in each layer
-    close(in_training(model, f), [f_, r, *expected])
+    close(in_training(model, f)[:2], [f_, r])
 
 
-@pytest.mark.parametrize("line", [*VARIANTS, "--uniad", "--uniad --query token"])
+def test_prior_and_logits_are_of_the_inrs_output_and_of_z():
+    """Also where the transformer gets another query (Table 5, row 5)."""
+    model = noisy(small("--query learned").model)
+    f = torch.randn(B, P, C)
+    z, logits = model.prompt(F.linear(f, model.adapter.weight, model.adapter.bias), None)
+    one, two, three = linears(model.distribution)  # Table 14
+    three.weight *= 100
+    q = model.inr(model.positions, z)
+    mu, log_sigma = three(F.leaky_relu(two(F.leaky_relu(one(q))))).chunk(2, -1)
+    close(in_training(model, f)[2:], [logits, (mu, log_sigma.clamp(-5, 5))])
+
+
+ABSENT = {  # a flag, and what of adapter, classifier and prior a model then has not
+    "--no-adapter": "adapter",
+    "--no-cls-loss": "classifier",
+    "--no-prior-loss": "prior",
+    "--query mlp": "prior",
+    "--prompt label": "classifier",
+    "--prompt image": "classifier",
+    "--query learned --no-prior-loss --no-cls-loss": "classifier prior",
+}
+
+
+@pytest.mark.parametrize("line", ABSENT)
+def test_a_part_that_is_switched_off_is_absent_and_only_that(line):
+    model = small(line).model
+    f = torch.randn(B, P, C)
+    _, _, logits, gaussian = model(f, LABEL)
+    parts = {"adapter": [*model.adapter.parameters()], "classifier": logits, "prior": gaussian}
+    assert [name for name, x in parts.items() if x is None or x == []] == ABSENT[line].split()
+
+
+def test_under_bfloat16_the_map_the_gaussian_and_the_sine_are_in_float32():
+    model = noisy(small().model)
+    f = torch.randn(B, P, C)
+    with torch.autocast("cpu", torch.bfloat16):
+        f_, r, _, gaussian = model(f, LABEL)
+    assert {x.dtype for x in (f_, r, *gaussian)} == {torch.float32}
+    inr = mintad.INR()
+    sines = []
+    inr.synthesis[0].register_forward_hook(lambda module, inputs, y: sines.append(y))
+    with torch.autocast("cpu", torch.bfloat16):
+        inr(torch.randn(P, 3), torch.randn(B, 32))
+    assert sines[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("line", ["", *ABSENT, "--uniad", "--uniad --query token"])
 def test_every_parameter_of_a_variant_gets_a_gradient(line):
     """DistributedDataParallel wants it so."""
     model = small(line).model
@@ -477,14 +515,50 @@ def test_each_epoch_has_all_images_but_held_out_ones_and_its_own_order_and_noise
     assert steps[0][0] != order[:9]
 
 
-@pytest.mark.parametrize("line, index", [("", range(40)), ("--holdout 0.3", HELD)])
-def test_normal_scores_are_of_the_held_out_or_else_the_training_images(line, index):
+@pytest.mark.parametrize("line, images", [("", range(40)), ("--holdout 0.3", HELD)])
+def test_each_class_is_calibrated_by_its_held_out_or_else_its_training_images(line, images):
     _, detector, state, *_ = train(line)
-    expected = detector(PIXELS[[*index]])[1].tolist()
-    assert state["normal"][""]["scores"] == pytest.approx(expected, rel=1e-4)
+    for k, cls in enumerate("abc"):
+        mine = [i for i in images if LABELS[i] == k]
+        expected = detector(PIXELS[mine])[1].tolist()
+        assert state["calibration"][cls]["scores"] == pytest.approx(expected, rel=1e-4)
+        assert state["calibration"][cls]["held_out"] == (line != "")
 
 
-@pytest.mark.parametrize("line", ["", "--no-cls-loss"])
+def test_features_that_do_not_fit_are_extracted_again_and_train_the_same(monkeypatch):
+    _, kept, *_ = train("")
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    train.cache_clear()
+    _, again, *_ = train("")
+    train.cache_clear()
+    close(again.state_dict(), kept.state_dict())
+
+
+def test_processes_draw_noise_of_their_own(monkeypatch):
+    """Here with one as if it were the second of two."""
+    *_, first = train("")
+    monkeypatch.setattr(mintad, "RANK", 1)
+    *_, second = train("--seed 1")
+    assert not torch.equal(first[0][1], second[0][1])
+
+
+@pytest.mark.parametrize("line", ["--prompt label", "--uniad --query per-class"])
+def test_a_variant_that_needs_the_class_gets_it_and_not_whether_there_is_a_defect(line):
+    detector = noisy(small(f"{line} --size 24"))
+    samples = [data.Sample("", 1, cls, "") for cls in "bac"]
+    s, scores = mintad.detect(detector, IMAGES[:3], samples, [*"abc"], torch.device("cpu"))
+    expected = detector(PIXELS[:3], torch.tensor([1, 0, 2]))
+    close([torch.tensor(s), torch.tensor(scores)], expected[:2])
+
+
+def test_texts_are_the_rows_of_the_models_classes_in_their_order(tmp_path):
+    rows = {cls: torch.randn(1, 5) for cls in ("other", *"cab")}
+    save_file(rows, tmp_path / "texts.safetensors")
+    found = mintad.read_texts(tmp_path / "texts.safetensors", [*"abc"])
+    close(found, torch.cat([rows[cls] for cls in "abc"]))
+
+
+@pytest.mark.parametrize("line", ["", "--prompt label", "--no-cls-loss", "--prompt image"])
 def test_mahalanobis_distance_is_by_the_training_images_of_the_class(line):
     """By their residuals in evaluation mode; by all images' where the class is unknown."""
     _, detector, *_ = train(line)
@@ -494,7 +568,7 @@ def test_mahalanobis_distance_is_by_the_training_images_of_the_class(line):
     expected = np.zeros((40, P))
     for k in range(3):
         mine = LABELS.numpy() == k
-        known = d if line == "--no-cls-loss" else d[mine]
+        known = d[mine] if line in ("", "--prompt label") else d
         samples = [known[:, quarter == i].reshape(-1, C) for i in range(4)]
         moments = [x.T @ x / len(x) for x in samples]
         for i in range(4):
