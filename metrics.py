@@ -293,10 +293,9 @@ def thresholds(calibration, quantile, classes):
     """
     found = {}
     few = []
-    for cls in classes:
+    for cls in dict.fromkeys(classes):
         if cls not in calibration:
-            known = ", ".join(filter(None, calibration))
-            raise data.UserError(f"no threshold for {cls}: no normal image of it; known: {known}")
+            raise data.UserError(f"no threshold for {cls}: no normal image of it was calibrated")
         name = cls or "all classes"
         scores = np.array(calibration[cls]["scores"])
         found[cls] = float(np.quantile(scores, quantile))
@@ -306,9 +305,9 @@ def thresholds(calibration, quantile, classes):
         most = test.proportion_ci(0.95).high  # Clopper-Pearson
         trust = f"at most {100 * most:.1f} % false alarms, with 95 % confidence"
         if not calibration[cls]["held_out"]:
-            trust = "the model trained on them, or on some: no rate of false alarms (--holdout)"
-        text = f"{quantile} quantile of {len(scores)} normal images; {trust}"
-        log.info(f"threshold for {name}: {found[cls]:.4g} ({text})")
+            trust = "some or all trained the model, so no rate of false alarms follows (--holdout)"
+        about = f"the {quantile} quantile of {len(scores)} normal images; {trust}"
+        log.info(f"threshold for {name}: {found[cls]:.4g}, {about}")
         if 1 - 1 / len(scores) < quantile:
             few.append(name)
     if few:
@@ -360,8 +359,14 @@ def draw_verdict(number, photo, s, score, cls, calibration, thresholds, folder):
     outline = above & ~ndimage.binary_erosion(above)  # of what no normal image has
     heat[outline] = 255
     save_strip(folder / picture, [photo.shown, heat], text)
-    values = photo.path, f"{score:.6g}", verdict, cls, f"{threshold:.6g}", picture
-    return dict(zip(COLUMNS, values, strict=True))
+    return {
+        "file": photo.path,
+        "score": f"{score:.6g}",
+        "verdict": verdict,
+        "class": cls,
+        "threshold": f"{threshold:.6g}",
+        "picture": picture,
+    }
 
 
 COLUMNS = ["file", "score", "verdict", "class", "threshold", "picture"]
@@ -401,7 +406,7 @@ def predict(paths, judge, calibration, thresholds, folder, batch_size, size, cro
         for row in tqdm(rows, "photos", len(paths), leave=False, disable=None):
             skipped += "picture" not in row
             writer.writerow(row)
-            file.flush()  # an interrupt keeps it
+            file.flush()  # whatever ends the run, the row is kept
     log.info(f"{len(paths) - skipped} photos judged, {skipped} skipped; written to {folder}")
     return skipped == 0
 
