@@ -928,27 +928,12 @@ def fit(detector, state, args, samples, images, device):
     train(detector, features, labels, state, args, device)
     detector.whitening = fit_distance(detector, features, labels, device)
 
-    chosen = calibration_images([samples[i] for i in index], held)
+    chosen = data.calibration_images([samples[i] for i in index], held)
     normal = [samples[i] for i in index[chosen]]
     s, scores = detect(detector, images[index[chosen]], normal, state["classes"], device)
     state["calibration"] = metrics.calibrate(s, scores, normal, held[chosen])
     state["trained"] = True
     save(args, state, detector, [])
-
-
-def calibration_images(samples, held):
-    """Indices: of each class its held-out images, or else those that trained; of many an even
-    choice, a thousand in all or a hundred of each class."""
-    classes = dict.fromkeys(sample.cls for sample in samples)
-    each = max(100, 1000 // len(classes))
-    chosen = []
-    for cls in classes:
-        mine = np.flatnonzero([sample.cls == cls for sample in samples])
-        if held[mine].any():
-            mine = mine[held[mine]]
-        even = np.linspace(0, len(mine), min(each, len(mine)), endpoint=False, dtype=int)
-        chosen.extend(mine[even])
-    return np.array(chosen)
 
 
 def new_state(args, classes):
@@ -1106,7 +1091,8 @@ def open_folder(args):
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     data.remove_leftovers(folder)
-    files = {path.name for path in folder.iterdir()} - {"log.txt", "args.json"}
+    files = {path.name for path in folder.iterdir() if data.is_shown(path)}
+    files -= {"log.txt", "args.json"}
     if files and not args.resume:
         raise data.UserError(f"--out {folder} holds files; name a new folder, or --resume that run")
     log.parent.addHandler(logging.FileHandler(folder / "log.txt", errors="backslashreplace"))
@@ -1244,12 +1230,10 @@ class Program(nn.Module):
         self.register_buffer("threshold", torch.tensor(thresholds))
 
     def forward(self, photo):
-        size = (self.detector.size, self.detector.size)
-        image = F.interpolate(photo.float(), size, mode="bilinear", antialias=True)  # as Pillow
-        image = image.round().clamp(0, 255) / 255
+        image = data.resized_tensor(photo, self.detector.size)
         label = None
         if self.label is not None:
-            label = torch.full_like(image[:, 0, 0, 0], self.label, dtype=torch.long)  # B
+            label = torch.full_like(photo[:, 0, 0, 0], self.label, dtype=torch.long)  # B
         s, score, cls = self.detector(image, label)
         return s, score, cls, self.threshold[cls]
 

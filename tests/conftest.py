@@ -53,6 +53,7 @@ def pytest_collection_finish(session):
     if session.config.option.collectonly or not any(map(needs_toy_run, session.items)):
         return
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONWARNINGS"] = "error::FutureWarning"
     for name, (script, *flags) in TOY_RUNS.items():
         folder = Path(TEMPORARY.name, name)
         folder.mkdir()

@@ -1,140 +1,174 @@
 """torchrun: several processes train on the same batches as one, and write what one writes.
 
-Importing torch takes longer than these runs. So most tests share a program that imports it once
-and starts torchrun's own agent with forked processes; one test types torchrun's command line.
-There SGD stands in for AdamW, whose first steps turn the rounding of a vanishing gradient into a
-whole step, and which does not notice a gradient that is wrong by a factor.
+The training loops run in forked processes of a gloo group, with SGD for AdamW, whose first steps
+turn the rounding of a vanishing gradient into a whole step, and which does not notice a gradient
+that is wrong by a factor. The command lines run as they are typed.
 """
 
 import json
+import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+
+import minimaxad
+import mintad
 
 ROOT = Path(__file__).resolve().parents[1]
+MODULES = {"mintad": mintad, "minimaxad": minimaxad}
+CPU = torch.device("cpu")
 
-# Each line of its input is a job: a name, the number of processes, the script, its flags. It runs
-# in the folder of its name, and its output lies there. Says of those of several whether it is done.
-AGENT = """
-import functools, importlib, multiprocessing, os, sys
-sys.path.insert(0, sys.argv[1])
-import timm, torch, torchvision, data, metrics
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-torch.set_num_threads(1)
+
+def in_processes(count, module, work, folder):
+    """What work() returns in the first of so many processes."""
+
+    def process(rank, results):
+        options = {"rank": rank, "world_size": count, "init_method": f"file://{folder}/group"}
+        dist.init_process_group("gloo", **options)
+        module.RANK = rank
+        module.WORLD = count
+        result = work()
+        if rank == 0:
+            results.put([x.numpy() for x in result])
+        dist.destroy_process_group()
+
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=process, args=(i, results)) for i in range(count)]
+    for each in processes:
+        each.start()
+    found = [torch.from_numpy(x) for x in results.get(timeout=60)]
+    for each in processes:
+        each.join()
+    return found
+
 
 def sgd(parameters, *_, **__):
     return torch.optim.SGD(parameters, 0.01)
 
-def scale(self, x):
-    return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
-def work(name, script, flags):
-    os.chdir(name)
-    os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    os.dup2(1, 2)
-    module = importlib.import_module(script)
-    torch.optim.AdamW = sgd
-    if script == "mintad":  # dropout and jitter are drawn by each process for its own images
-        small = functools.partialmethod(module.MINTAD.__init__, D=16, layers=1)
-        module.MINTAD.__init__ = small
-        module.DROPOUT = module.JITTER = 0.0
-        module.CLIP = 1e9
-        module.learning_rate = lambda args, step, steps: 0.01
-    else:  # on CPUs each process normalises by its own images
-        module.UNIREPLKNET["tiny"] = (8, [3], [13], [13])
-        torch.nn.BatchNorm2d.forward = scale
-    module.main(flags)
+# Nine images train in batches of 4, 4 and 1: of the last, two of three processes have none.
+LINE = "--data mvtec --epochs 1 --batch-size 4 --lr 0.01 --out unused"
 
-for line in sys.stdin:
-    name, processes, script, *flags = line.split()
-    if processes == "1":
-        alone = multiprocessing.get_context("fork").Process(target=work, args=(name, script, flags))
-        alone.start()
-        alone.join()
-        continue
-    options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
-    config = LaunchConfig(1, 1, int(processes), run_id=name, max_restarts=0, **options)
-    try:
-        elastic_launch(config, work)(name, script, flags)
-        print(name, "done", flush=True)
-    except Exception:
-        print(name, "failed", flush=True)
-"""
-FLAGS = "--data folder --root photos --unified --size 64 --weights none --holdout 0 --out run"
-RUNS = {
-    "mintad": "mintad --backbone test_efficientnet --optimizer adamw --distance euclidean",
-    "adc": "minimaxad --backbone tiny --loss adc --lr 0.05",
-    "global": "minimaxad --backbone tiny --loss global --lr 0.05",
-    "local-hm": "minimaxad --backbone tiny --loss local-hm --p-lim 0.9 --lr 0.05",
+
+def train_mintad(line, monkeypatch):
+    """A function that trains and returns the weights."""
+    monkeypatch.setattr(mintad, "JITTER", 0.0)  # each process draws noise for its own images
+    monkeypatch.setattr(mintad, "DROPOUT", 0.0)
+    monkeypatch.setattr(mintad, "learning_rate", lambda args, step, steps: 0.01)
+    model = mintad.MINTAD(8, 2, 3, 2, D=16, layers=1)
+    features = torch.randn(9, 6, 8)
+    labels = torch.arange(9) % 2
+    args, _ = mintad.parse_args([*LINE.split(), *line.split()])
+    state = mintad.new_state(args, ["a", "b"])
+
+    def work():
+        mintad.train(SimpleNamespace(model=model), features, labels, state, args, CPU)
+        return [p.detach() for p in model.parameters()]
+
+    return work
+
+
+class Encoder(nn.Module):
+    channels = [4, 8, 16]
+    kernels = [[3], [3], [3]]
+    mean = std = 1
+
+    def __init__(self):
+        super().__init__()
+        sizes = [(3, 4, 4), (4, 8, 2), (8, 16, 2)]
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, k, k) for a, b, k in sizes)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return [x := layer(x) for layer in self.layers]
+
+
+def train_minimaxad(line, monkeypatch):
+    """A function that trains and returns the weights."""
+
+    def scale(self, x):  # on CPUs each process normalises by its own images
+        return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", scale)
+    model = minimaxad.MiniMaxAD(Encoder())
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8))
+    args, _ = minimaxad.parse_args([*LINE.split(), "--size", "64", *line.split()])
+    state = minimaxad.new_state(args, ["a"])
+
+    def work():
+        minimaxad.train(model, pixels, state, args, CPU)
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    return work
+
+
+LOSSES = "adc", "global", "local", "local-hm"
+RUNS = [(train_mintad, ""), (train_mintad, "--literal --query mlp")]
+RUNS += [(train_minimaxad, f"--loss {loss} --p-lim 0.9") for loss in LOSSES]
+
+
+@pytest.mark.parametrize("train, line", RUNS)
+def test_several_processes_train_the_weights_of_one(train, line, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    module = mintad if train is train_mintad else minimaxad
+    trained = {}
+    for count in 1, 3:
+        torch.manual_seed(0)
+        work = train(line, monkeypatch)
+        (tmp_path / str(count)).mkdir()
+        trained[count] = in_processes(count, module, work, tmp_path / str(count))
+    for one, three in zip(trained[1], trained[3], strict=True):
+        torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ torchrun as typed
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONWARNINGS": "error::FutureWarning",  # of torch's DistributedDataParallel
 }
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TINY = "--data folder --root photos --size 64 --weights none --backbone test_efficientnet"
 
 
-@pytest.fixture(scope="module")
-def jobs(photos_to_copy, tmp_path_factory):
-    """The folder of the jobs' folders, and {job of several processes: "done" or "failed"}.
-
-    Nine photos train in batches of 4, 4 and 1: of the last, two of three processes have none.
-    """
-    root = tmp_path_factory.mktemp("jobs")
-    lines = []
-    for name, flags in RUNS.items():
-        for count in 1, 3:
-            lines.append(f"{name}{count} {count} {flags} {FLAGS} --epochs 1 --batch-size 4")
-    lines.append("refused 2 mintad --data folder --root nowhere --out run")
-    for line in lines:
-        folder = root / line.split()[0]
-        shutil.copytree(photos_to_copy, folder / "photos")
-        for i in range(3):
-            (folder / f"photos/pill/train/good/{i:03d}.png").unlink()
-
-    options = {"cwd": root, "env": ENVIRONMENT, "text": True, "timeout": 900}
-    agent = [sys.executable, "-c", AGENT, ROOT]
-    ended = subprocess.run(agent, input="\n".join(lines), stdout=subprocess.PIPE, **options)
-    return root, dict(line.split() for line in ended.stdout.splitlines())
+def torchrun(script, line):
+    command = [*TORCHRUN, ROOT / script, *TINY.split(), *line.split()]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(params=RUNS)
-def runs(jobs, request):
-    """The folders of a run of one process and of the same with three."""
-    root, ended = jobs
-    name = request.param
-    assert ended[f"{name}3"] == "done", (root / f"{name}3/output").read_text()
-    return root / f"{name}1/run", root / f"{name}3/run"
-
-
-def test_several_processes_train_the_weights_of_one(runs):
-    one, other = (torch.load(run / "unified.pt", weights_only=True) for run in runs)
-    key = "detector" if "detector" in one else "model"
-    for name, tensor in one[key].items():
-        torch.testing.assert_close(other[key][name], tensor, rtol=1e-3, atol=1e-5)
-
-
-def test_several_processes_write_and_say_what_one_does(runs):
-    one, other = (json.loads((run / "metrics.json").read_text())["classes"] for run in runs)
-    for cls, row in one.items():
-        assert other[cls] == pytest.approx(row, abs=1e-3)
-    one, other = ({path.name for path in run.iterdir()} for run in runs)
-    assert one == other
-    output = (runs[1].parent / "output").read_text()
-    assert output.count("epoch 1/1: ") == output.count("I-AUROC") == 1
-
-
-def test_a_refused_run_fails_and_says_why_once(jobs):
-    root, ended = jobs
-    output = (root / "refused/output").read_text()
-    assert [line.partition(" ")[0] for line in output.splitlines()].count("error:") == 1
-    assert ended["refused"] == "failed"
-
-
-def test_torchrun_runs_a_script(photos, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = f"{FLAGS} --backbone test_efficientnet --classes pill --epochs 1 --batch-size 6".split()
-    subprocess.run([*torchrun, ROOT / "minimaxad.py", *flags], env=ENVIRONMENT, check=True)
+@pytest.mark.parametrize("script", MODULES)
+def test_torchrun_runs_a_script_that_says_and_writes_everything_once(script, photos):
+    line = "--unified --classes pill --epochs 1 --batch-size 6 --holdout 0.2 --out run"
+    ended = torchrun(f"{script}.py", line)
+    assert ended.returncode == 0, ended.stderr
     files = sorted(path.name for path in Path("run").iterdir())
     assert files == ["args.json", "log.txt", "metrics.json", "unified.pt"]
+    assert ended.stdout.count("epoch 1/1: ") == ended.stdout.count("I-AUROC") == 1
+    assert "Warning" not in ended.stderr
+    assert json.loads(Path("run/metrics.json").read_text())["classes"].keys() == {"pill"}
+
+
+def test_a_refused_run_fails_and_says_why_once(photos):
+    ended = torchrun("mintad.py", "--root nowhere")
+    assert ended.returncode != 0
+    assert len([line for line in ended.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_an_error_of_a_process_that_is_not_the_first_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "RANK", 1)
+        with pytest.raises(SystemExit):
+            module.main(["--epochs", "0"])
+        assert "error: --epochs" in capsys.readouterr().err

@@ -234,15 +234,17 @@ def test_a_checkpoint_is_written_when_a_minute_has_passed(script, tiny, killed):
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     script, tiny, tiny_run, killed, call, monkeypatch
 ):
-    def half(state, path):
-        save(state, path)
-        if state["epoch"] == 2:
-            path.write_bytes(path.read_bytes()[:10_000])
+    def half(path, content):
+        nonlocal written
+        written += 1
+        write(path, content if written == 1 else content[:10_000])
+        if written == 2:
             raise Killed
 
-    save = torch.save
+    written = 0
+    write = Path.write_bytes
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
+        patch.setattr(Path, "write_bytes", half)
         patch.setattr(Path, "unlink", lambda *args, **options: None)  # nothing is tidied up
         patch.setattr(os, "getpid", lambda: 1)  # nor does a later process have the same number
         killed(script, *tiny, at="epoch 3/3")
@@ -251,12 +253,29 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     assert call(script, "--eval", "killed").status == 0
 
 
-def test_a_finished_run_resumed_or_refused_stays_as_it_was(script, tiny_run, call):
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(script, tiny, killed, call):
+    killed(script, *tiny, at="epoch 1/3")
+    Path("killed/.host-1-unified.pt").touch()  # what a kill while it is written leaves
+    refused = call(script, "--out", "killed", "--resume")
+    assert (refused.status, "without --resume" in refused.error) == (2, True)
+    assert call(script, *tiny, "--epochs", 1, "--out", "killed").status == 0
+
+
+def test_a_finished_run_resumed_has_its_table_again_and_stays_as_it_was(script, tiny_run, call):
     shutil.copytree(tiny_run, "run")
-    call(script, "--out", "run", "--resume", "--root", "nowhere")
-    call(script, "--out", "run", "--resume")
+    Path("run/metrics.json").unlink()
+    assert call(script, "--out", "run", "--resume", "--root", "nowhere").status == 2
+    assert "I-AUROC" in call(script, "--out", "run", "--resume").out
     for name in "unified.pt", "args.json":
         assert Path("run", name).read_bytes() == (tiny_run / name).read_bytes()
+    assert result("run")["classes"] == result(tiny_run)["classes"]
+
+
+def test_pictures_of_test_images_that_are_gone_do_not_stay(script, tiny, call):
+    call(script, *tiny, "--epochs", 1, "--save-maps", "--out", "run")
+    next(Path("photos/pill/test/good").iterdir()).unlink()
+    call(script, "--out", "run", "--resume", "--save-maps")
+    assert len(list(Path("run/maps/pill").iterdir())) == 3
 
 
 def test_a_run_is_not_resumed_with_other_images(script, tiny, killed, call):
