@@ -5,8 +5,8 @@ bottleneck and a decoder that mirrors the network learn to reproduce those of no
 they fail is an anomaly.
 
     python minimaxad.py                                                  # built-in toy set
-    python minimaxad.py --data goodsad --weights unireplknet_n.pth       # one model per class
-    torchrun --nproc_per_node=4 minimaxad.py --data mvtec --unified --weights unireplknet_n.pth
+    python minimaxad.py --data goodsad --loss adc                        # one model per class
+    torchrun --nproc_per_node=4 minimaxad.py --data mvtec --unified      # on four GPUs
     python minimaxad.py --data visa --unified --arch rd                  # the baseline
     python minimaxad.py --data folder --root photos --backbone resnet18  # your own photos
     python minimaxad.py --out RUN --resume                               # go on with a run
@@ -16,7 +16,7 @@ they fail is an anomaly.
     B batch, C channels, H, W height and width, N images, k = 1, 2, 3 scale, at strides 4, 8, 16
 
     maps    list of three tensors B x C_k x H_k x W_k, from fine to coarse
-    S       anomaly map, B x H x W at the image's size
+    S       anomaly map, B x H x W, as large as the image, which is size x size
 
 Details and their sources; where paper and authors' code disagree, or this file differs, the line
 says so:
@@ -25,13 +25,15 @@ says so:
     learned values (the authors' norm0..2 are not in the ImageNet checkpoint, so stay 1 and 0). Or
     any timm CNN.
  2. Bottleneck, decoder: Kaiming, fan out (transposed: torch's default); no bias outside blocks.
- 3. Eq. 4's index 0 is a slip for 1. Eq. 8 compares S^2 with a quantile of S (paper, authors' code).
+ 3. Eq. 4's index 0 is a slip for 1. Eq. 7 replaced Eq. 1, which --loss local-cosine still has.
+    Eq. 8 compares S^2 with a quantile of S (paper, authors' code).
  4. Test: S is blurred (sigma 4), the score its maximum (Reverse Distillation, the authors' first
-    evaluation).
+    evaluation; SCORES has their later ones).
  5. AdamW, lr 5e-3, x 0.995 each epoch, weight decay 5e-5 (authors' code 1e-5), the last batch is
     kept (their unified scripts drop it). --arch rd: Adam of betas .5 and .999, a constant rate.
- 6. Over several processes every loss, quantile and count is that of the global batch. So is
-    BatchNorm on GPUs; on CPUs torch has none, and each process normalises by its own images.
+ 6. Several processes train as one: each takes its share of a batch through the network, the loss
+    is that of the whole batch. So is BatchNorm on GPUs; torch has none for CPUs, and there each
+    process normalises by its own images.
  7. Each epoch sets the order of the images from (seed, epoch), so that a checkpoint alone goes on
     bit for bit.
 """
@@ -46,7 +48,6 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,21 +67,21 @@ import metrics
 
 SAVE_EVERY = 60  # seconds between checkpoints
 
-# Flag: default, help. A list has the choices, the default first; None is a text that may be left
-# out. A checkpoint keeps all of these. PRESETS have the paper's values for each set.
+# Flag: default, help. None is a text that may be left out. CHOICES, beside the parser, has what can
+# be chosen; PRESETS have the paper's values for each set. A checkpoint keeps all of these.
 SETTINGS = {
     "data": ("toy", f"{', '.join(data.SETS)}; several as mvtec+visa"),
     "root": (None, "where the data lies, if not in data/NAME"),
     "unified": (False, "one model for all classes, not one each"),
     "classes": (None, "a subset"),
-    "normals": (["01234", "56789", "02468", "13579"], "cifar10's normal classes"),
+    "normals": ("01234", "cifar10's normal classes"),
     "size": (256, "images are resized to size x size pixels"),
     "crop": (0, "then the centre crop x crop is taken; 0: none"),
     "holdout": (0.0, "share of the training images kept back to find --predict's threshold"),
-    "arch": (["minimax", "rd"], "rd: Reverse Distillation, the baseline"),
+    "arch": ("minimax", "rd: Reverse Distillation, the baseline"),
     "backbone": ("unireplknet_n", "or _a, _f, _p, _t, or any timm CNN of strides 4, 8, 16"),
-    "weights": (None, "its checkpoint instead of timm's download, or none: untrained"),
-    "loss": (["adc", "global", "local", "local-hm"], "adc: MiniMaxAD-fr, global: MiniMaxAD-fp"),
+    "weights": (None, "its checkpoint instead of a download, or none: untrained"),
+    "loss": ("adc", "adc: MiniMaxAD-fr, global: MiniMaxAD-fp"),
     "p_hard": (0.9999, "Eq. 8, Table A4"),
     "p_lim": (0.9995, "Eq. 8, 9, Tables A4, A5"),
     "epochs": (100, "Sec. 4.1"),
@@ -90,7 +91,7 @@ SETTINGS = {
     "weight_decay": (5e-5, "authors' code 1e-5"),
     "amp": (False, "train in bfloat16; evaluation is in float32, TF32 on a GPU"),
     "seed": (1, "of weights and batches"),
-    "score": (["max", "mean", "top1"], "of a map; top1: the authors' later one, mean of 1 %%"),
+    "score": ("max", "of a map; top1, max5: the authors' later ones"),
 }
 ACTIONS = {
     "out": (None, "a new or empty folder; default runs/minimaxad-DATA-SETTING"),
@@ -133,10 +134,6 @@ RD = {  # Reverse Distillation's own
     "loss": "global",
 }
 
-LAUNCHED = dist.is_torchelastic_launched()  # by torchrun
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # process 0 speaks, writes and evaluates
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 log = logging.getLogger("minimaxad")
 
 
@@ -154,7 +151,7 @@ class GRN(nn.Module):
     def forward(self, x):
         g = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # B x 1 x 1 x C
         n = g / (g.mean(-1, keepdim=True) + 1e-6)  # Eq. 5
-        return x * (self.gamma * n + 1) + self.beta  # Eq. 6
+        return torch.addcmul(self.beta, x, self.gamma * n + 1)  # Eq. 6
 
 
 def depthwise(channels, kernel, dilation=1):
@@ -163,32 +160,50 @@ def depthwise(channels, kernel, dilation=1):
     return nn.Conv2d(channels, channels, kernel, padding=padding, **options)
 
 
+def fold(layer, bn):
+    """One layer that does what a convolution or linear layer and the BatchNorm after it do."""
+    if isinstance(layer, nn.Linear):
+        return nn.utils.fuse_linear_bn_eval(layer, bn)
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    return nn.utils.fuse_conv_bn_eval(layer, bn, transpose=transposed)
+
+
 class DilatedReparam(nn.Module):
     """Depthwise 13 x 13 convolution plus small dilated ones, each with its BatchNorm, summed."""
+
+    SMALL = [(5, 1), (7, 2), (3, 3), (3, 4), (3, 5)]  # kernel, dilation: all within 13 x 13
 
     def __init__(self, channels):
         super().__init__()
         self.lk_origin = depthwise(channels, 13)
         self.origin_bn = nn.BatchNorm2d(channels)
-        for kernel, dilation in (5, 1), (7, 2), (3, 3), (3, 4), (3, 5):  # all within 13 x 13
+        for kernel, dilation in self.SMALL:
             branch = depthwise(channels, kernel, dilation)
             self.add_module(f"dil_conv_k{kernel}_{dilation}", branch)
             self.add_module(f"dil_bn_k{kernel}_{dilation}", nn.BatchNorm2d(channels))
 
+    def small_branches(self):
+        """The small convolutions, each with its BatchNorm."""
+        for kernel, dilation in self.SMALL:
+            name = f"k{kernel}_{dilation}"
+            yield getattr(self, f"dil_conv_{name}"), getattr(self, f"dil_bn_{name}")
+
     def forward(self, x):
         x = x.contiguous()  # in channels_last torch's bfloat16 gradient of dilated ones is wrong
-        layers = list(self.children())
-        return sum(bn(branch(x)) for branch, bn in zip(layers[0::2], layers[1::2], strict=True))
+        y = self.origin_bn(self.lk_origin(x))
+        for branch, bn in self.small_branches():
+            y = y + bn(branch(x))
+        return y
 
     def fused(self):
         """One 13 x 13 convolution that gives the same output in eval mode."""
-        layers = list(self.children())
-        large, *small = map(fold, layers[0::2], layers[1::2])
-        for branch in small:
+        large = fold(self.lk_origin, self.origin_bn)
+        for branch, bn in self.small_branches():
+            small = fold(branch, bn)
             reach = branch.padding[0]
             inside = slice(6 - reach, 7 + reach, branch.dilation[0])  # where its taps fall
-            large.weight.data[:, :, inside, inside] += branch.weight.data
-            large.bias.data += branch.bias.data
+            large.weight[:, :, inside, inside] += small.weight
+            large.bias += small.bias
         return large
 
 
@@ -210,49 +225,90 @@ class Block(nn.Module):
         y = self.se(self.norm(self.dwconv(x)))
         y = F.gelu(self.pwconv1(y.permute(0, 2, 3, 1)))  # B x H x W x 4C
         y = self.pwconv2(self.grn(y)).permute(0, 3, 1, 2)  # B x C x H x W
-        return x + self.gamma.view(-1, 1, 1) * self.norm2(y)
+        return torch.addcmul(x, self.gamma.view(-1, 1, 1), self.norm2(y))  # x + gamma * norm2(y)
+
+    def fuse(self):
+        """Becomes a block for inference, of the same output: one convolution, no BatchNorm."""
+        if isinstance(self.dwconv, DilatedReparam):
+            self.dwconv = self.dwconv.fused()
+        self.dwconv = fold(self.dwconv, self.norm)
+        self.norm = nn.Identity()
+        self.pwconv2 = fold(self.pwconv2, self.norm2)
+        self.norm2 = nn.Identity()
+        self.pwconv2.bias += self.pwconv2.weight @ self.grn.beta.flatten()
+        self.grn.beta = nn.Parameter(self.grn.beta.new_zeros(1), False)
 
 
 def stage(channels, kernels):
     return nn.Sequential(*(Block(channels, kernel) for kernel in kernels))
 
 
-def conv(in_channels, out_channels, kernel, mode="same"):
-    """Without bias: "down" halves the size (rounded up), "up" doubles it (transposed, 2 x 2)."""
-    if mode == "up":
-        return nn.ConvTranspose2d(in_channels, out_channels, 2, 2, bias=False)
-    stride = 2 if mode == "down" else 1
+def conv(in_channels, out_channels, kernel, stride=1):
+    """Without bias; a stride of 2 halves the size, rounded up."""
     return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
 
 
-class Residual(nn.Module):
-    """ResNet's block, basic (width = out) or bottleneck; mode "down" or "up": see conv."""
+def doubling(in_channels, out_channels):
+    """A transposed convolution, 2 x 2, that doubles the size; without bias."""
+    return nn.ConvTranspose2d(in_channels, out_channels, 2, 2, bias=False)
 
-    def __init__(self, in_channels, width, out_channels, mode="same"):
+
+class ConvNorm(nn.Sequential):
+    """A convolution and its BatchNorm."""
+
+    def __init__(self, layer):
+        super().__init__(layer, nn.BatchNorm2d(layer.out_channels))
+
+    def fuse(self):
+        """Becomes one convolution, of the same output in eval mode."""
+        layer, bn = self
+        self[0] = fold(layer, bn)
+        self[1] = nn.Identity()
+
+
+class Residual(nn.Module):
+    """ResNet's block, basic (width = out) or bottleneck; resize: None, "halve" or "double"."""
+
+    def __init__(self, in_channels, width, out_channels, resize=None):
         super().__init__()
+
+        def resizing(inputs, outputs, kernel):
+            if resize == "double":
+                return doubling(inputs, outputs)
+            return conv(inputs, outputs, kernel, 2 if resize == "halve" else 1)
+
         if width == out_channels:
-            convs = [conv(in_channels, width, 3, mode), conv(width, out_channels, 3)]
+            layers = [resizing(in_channels, width, 3), conv(width, width, 3)]
         else:
-            convs = [conv(in_channels, width, 1), conv(width, width, 3, mode)]
-            convs.append(conv(width, out_channels, 1))
-        layers = []
-        for layer in convs:
-            layers += [layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()]
-        self.residual = nn.Sequential(*layers[:-1])
-        self.shortcut = nn.Sequential()
-        if mode != "same" or in_channels != out_channels:
-            match = conv(in_channels, out_channels, 1, mode)
-            self.shortcut = nn.Sequential(match, nn.BatchNorm2d(out_channels))
+            layers = [conv(in_channels, width, 1), resizing(width, width, 3)]
+            layers.append(conv(width, out_channels, 1))
+        steps = []
+        for layer in layers:
+            steps += [ConvNorm(layer), nn.ReLU()]
+        self.residual = nn.Sequential(*steps[:-1])
+        self.shortcut = nn.Identity()
+        if resize or in_channels != out_channels:
+            self.shortcut = ConvNorm(resizing(in_channels, out_channels, 1))
 
     def forward(self, x):
         return F.relu(self.residual(x) + self.shortcut(x))
 
 
-def residual_stage(in_channels, width, out_channels, mode, depth):
-    blocks = [Residual(in_channels, width, out_channels, mode)]
+def residual_stage(in_channels, width, out_channels, resize, depth):
+    blocks = [Residual(in_channels, width, out_channels, resize)]
     for _ in range(depth - 1):
         blocks.append(Residual(out_channels, width, out_channels))
     return nn.Sequential(*blocks)
+
+
+@torch.no_grad()
+def fuse(network):
+    """A frozen copy for inference, of the same output: Block and ConvNorm without BatchNorm."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    for module in list(network.modules()):
+        if isinstance(module, Block | ConvNorm):
+            module.fuse()
+    return network
 
 
 # --------------------------------------------------------------------------------- frozen encoders
@@ -263,6 +319,13 @@ UNIREPLKNET = {  # channels of stage 1, doubled from stage to stage; kernels of 
     "unireplknet_p": (64, [3] * 2, [13] * 2, [13] * 6),
     "unireplknet_n": (80, [3] * 2, [13] * 2, [13] * 8),
     "unireplknet_t": (80, [3] * 3, [13] * 3, [13, 3] * 9),
+}
+FILES = {  # ImageNet-1K weights, in the authors' repository DingXiaoH/UniRepLKNet
+    "unireplknet_a": "unireplknet_a_in1k_224_acc77.03.pth",
+    "unireplknet_f": "unireplknet_f_in1k_224_acc78.58.pth",
+    "unireplknet_p": "unireplknet_p_in1k_224_acc80.23.pth",
+    "unireplknet_n": "unireplknet_n_in1k_224_acc81.64.pth",
+    "unireplknet_t": "unireplknet_t_in1k_224_acc83.21.pth",
 }
 
 
@@ -293,58 +356,60 @@ class UniRepLKNet(nn.Module):
 class TimmEncoder(nn.Module):
     """A timm CNN's maps; its decoder has as many blocks as UniRepLKNet-N's."""
 
-    def __init__(self, name, pretrained=False):
+    def __init__(self, name, weights="none"):
         super().__init__()
-        with data.explain(f"--backbone {name}: no such timm CNN, or no download (--weights FILE)"):
+        with data.explain(f"--backbone {name}: no such timm CNN"):
             with torch.device("meta"):
                 info = timm.create_model(name, features_only=True).feature_info
             index = [i for i, stride in enumerate(info.reduction()) if stride in (4, 8, 16)]
             options = {"features_only": True, "out_indices": index}
-            self.net = timm.create_model(name, pretrained=pretrained, **options).eval()
+            if weights is None:
+                source = timm.get_pretrained_cfg(name)
+                if not source.hf_hub_id:
+                    raise data.UserError(f"--backbone {name}: timm has no weights; --weights FILE")
+                file = source.hf_hub_filename or "model.safetensors"
+                overlay = {"file": data.download(source.hf_hub_id, file)}
+                options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+            self.net = timm.create_model(name, **options).eval()
             maps = self.net(torch.zeros(1, 3, 64, 64))
+
         info = self.net.feature_info
         if info.reduction() != [4, 8, 16]:
-            raise data.DataError(f"--backbone {name} has strides {info.reduction()}, not 4, 8, 16")
+            raise data.UserError(f"--backbone {name} has strides {info.reduction()}, not 4, 8, 16")
         self.channels = info.channels()
         self.kernels = UNIREPLKNET["unireplknet_n"][1:]
         if [x.shape[1] for x in maps] != self.channels:
-            raise data.DataError(f"--backbone {name}: its maps are not B x C x H x W")
+            raise data.UserError(f"--backbone {name}: its maps are not B x C x H x W")
+        if weights not in (None, "none"):
+            data.load_weights(self.net, weights)
 
     def forward(self, x):
         return self.net(x)
 
 
 def load_encoder(name, weights):
-    """The frozen encoder, UniRepLKNet or a ResNet fused: standardised images B x 3 x H x W -> maps.
+    """The frozen encoder, UniRepLKNet fused: standardised images B x 3 x H x W -> maps.
 
     name: a key of UNIREPLKNET or any timm CNN of strides 4, 8, 16. weights: a file, "none"
-    (untrained), or None for timm's download. Its buffers mean and std, 3 x 1 x 1, standardise RGB
-    in 0..1. DataError: no such network, weights that cannot be had or do not fit.
+    (untrained), or None: downloaded. Its buffers mean and std, 3 x 1 x 1, standardise RGB in 0..1.
+    UserError: no such network, weights that cannot be had or do not fit.
     """
     mean = timm.data.IMAGENET_DEFAULT_MEAN
     std = timm.data.IMAGENET_DEFAULT_STD
     if name in UNIREPLKNET:
         encoder = UniRepLKNet(name)
         if weights is None:
-            raise data.DataError(
-                f"--backbone {name}: pass --weights FILE, the ImageNet-1K checkpoint from "
-                "https://github.com/AILab-CVC/UniRepLKNet, or --weights none (untrained)"
-            )
+            weights = data.download("DingXiaoH/UniRepLKNet", FILES[name])
         if weights != "none":
             data.load_weights(encoder, weights, authors_key)
+        encoder = fuse(encoder)
     else:
-        encoder = TimmEncoder(name, pretrained=weights is None)
+        encoder = TimmEncoder(name, weights)
         mean = encoder.net.pretrained_cfg["mean"]
         std = encoder.net.pretrained_cfg["std"]
-        if weights not in (None, "none"):
-            data.load_weights(encoder.net, weights)
     encoder.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
     encoder.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-    encoder.eval().requires_grad_(False)
-    # Other timm networks may register their layers in another order than they run them.
-    if name in UNIREPLKNET or hasattr(encoder.net, "layer3"):
-        return fuse(encoder)
-    return encoder
+    return encoder.eval().requires_grad_(False)
 
 
 def authors_key(key):
@@ -371,8 +436,8 @@ class Bottleneck(nn.Module):
     def __init__(self, channels, compress):
         super().__init__()
         c1, c2, c3 = channels
-        self.from1 = nn.Sequential(*halve(c1, c2), *halve(c2, c3))
-        self.from2 = nn.Sequential(*halve(c2, c3))
+        self.from1 = nn.Sequential(halving(c1, c2), nn.ReLU(), halving(c2, c3), nn.ReLU())
+        self.from2 = nn.Sequential(halving(c2, c3), nn.ReLU())
         self.compress = compress
 
     def forward(self, maps):
@@ -380,52 +445,54 @@ class Bottleneck(nn.Module):
         return self.compress(x)  # B x 3C_3 x H_3 x W_3 -> B x 2C_3 x H_3/2 x W_3/2
 
 
-def halve(in_channels, out_channels):
-    return conv(in_channels, out_channels, 3, "down"), nn.BatchNorm2d(out_channels), nn.ReLU()
+def halving(in_channels, out_channels):
+    return ConvNorm(conv(in_channels, out_channels, 3, stride=2))
 
 
 def minimax(encoder):
     """MiniMaxAD's bottleneck and the decoder's three stages, which mirror the encoder's."""
     widths = encoder.channels
     channels = 2 * widths[2]
-    compress = nn.Sequential(conv(3 * widths[2], channels, 3, "down"), stage(channels, [3, 3]))
+    compress = nn.Sequential(conv(3 * widths[2], channels, 3, stride=2), stage(channels, [3, 3]))
     stages = nn.ModuleList()
     for width, kernels in zip(widths[::-1], encoder.kernels[::-1], strict=True):
-        up = conv(channels, width, 2, "up")
+        up = doubling(channels, width)
         stages.append(nn.Sequential(up, LayerNorm2d(width), stage(width, kernels)))
         channels = width
     return Bottleneck(widths, compress), stages
 
 
 def reverse_distillation(encoder):
-    """Bottleneck and decoder of the baseline: residual stages. DataError: no timm ResNet."""
+    """Bottleneck and decoder of the baseline: residual stages. UserError: no timm ResNet."""
     net = getattr(encoder, "net", None)
     if not hasattr(net, "layer3"):
-        raise data.DataError("--arch rd needs a ResNet, as --backbone wide_resnet50_2.tv_in1k")
+        raise data.UserError("--arch rd needs a ResNet, as --backbone wide_resnet50_2.tv_in1k")
     layers = [net.layer1, net.layer2, net.layer3]
     widths = [layer[0].conv1.out_channels for layer in layers]
     outputs = encoder.channels
     channels = 2 * outputs[2]
     depth = len(layers[0])
-    compress = residual_stage(3 * outputs[2], 2 * widths[2], channels, "down", depth)
+    compress = residual_stage(3 * outputs[2], 2 * widths[2], channels, "halve", depth)
     stages = nn.ModuleList()
     for i, layer in zip((2, 1, 0), layers, strict=True):  # depths are not reversed, as RD's
-        stages.append(residual_stage(channels, widths[i], outputs[i], "up", len(layer)))
+        stages.append(residual_stage(channels, widths[i], outputs[i], "double", len(layer)))
         channels = outputs[i]
     return Bottleneck(outputs, compress), stages
+
+
+ARCHS = {"minimax": minimax, "rd": reverse_distillation}
 
 
 class MiniMaxAD(nn.Module):
     """Frozen encoder, bottleneck and decoder: B x 3 x H x W in 0..1 -> encoder's, decoder's maps.
 
-    arch: "minimax", or "rd" for Reverse Distillation.
+    arch: of ARCHS; "rd" is Reverse Distillation, the baseline.
     """
 
     def __init__(self, encoder, arch="minimax"):
         super().__init__()
         self.encoder = encoder
-        parts = reverse_distillation(encoder) if arch == "rd" else minimax(encoder)
-        self.bottleneck, self.decoder = parts
+        self.bottleneck, self.decoder = ARCHS[arch](encoder)
         for module in (*self.bottleneck.modules(), *self.decoder.modules()):
             if isinstance(module, nn.Conv2d):  # transposed ones keep torch's default
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -442,8 +509,6 @@ class MiniMaxAD(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ losses
-# Every loss is this process's part of the loss of the global batch, which may be split unevenly,
-# with nothing for some: the parts, and so their gradients, add up to those of the whole batch.
 
 
 def pairs(encoder_maps, decoder_maps):
@@ -451,46 +516,48 @@ def pairs(encoder_maps, decoder_maps):
     for e, d in zip(encoder_maps, decoder_maps, strict=True):
         if d.shape != e.shape:
             d = F.interpolate(d, e.shape[2:], mode="nearest")
-        yield e.float(), d.float()
+        yield e, d
+
+
+def cosine_distances(encoder_maps, decoder_maps):
+    """Eq. 3: M of each scale, B x H_k x W_k, 0 where both maps have one direction, at most 2."""
+    return [1 - F.cosine_similarity(e, d, dim=1) for e, d in pairs(encoder_maps, decoder_maps)]
 
 
 def anomaly_map(encoder_maps, decoder_maps, size, mode):
-    """Eq. 4: S, B x H x W with (H, W) = size or (size, size), from 0 (as expected) to 6.
+    """Eq. 4: S, B x H x W with (H, W) = size or (size, size).
 
     mode: how scales are resized, "nearest" (training) or "bilinear" with aligned corners (test).
     """
     S = 0
-    for e, d in pairs(encoder_maps, decoder_maps):
-        M = 1 - F.cosine_similarity(e, d, dim=1)  # Eq. 3, B x H_k x W_k
+    for M in cosine_distances(encoder_maps, decoder_maps):
         aligned = True if mode == "bilinear" else None
         M = F.interpolate(M[:, None], size, mode=mode, align_corners=aligned)
         S = S + M[:, 0]  # B x H x W
     return S  # authors' code: S / 3 at test time
 
 
-def total(x):
-    """Sum of a tensor over the processes, without gradient."""
-    x = x.detach().clone()
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
+def local_cosine_loss(encoder_maps, decoder_maps):
+    """Eq. 1."""
+    return sum(M.mean() for M in cosine_distances(encoder_maps, decoder_maps))
 
 
-def all_pixels(S):
-    """S, B x H x W, of the global batch as a vector, without gradient, on every process."""
-    S = S.detach().flatten()
-    if WORLD == 1:
-        return S
-    sizes = torch.zeros(WORLD, dtype=torch.long, device=S.device)
-    sizes[dist.get_rank()] = len(S)
-    sizes = total(sizes).tolist()
-    parts = [S.new_empty(max(sizes)) for _ in sizes]
-    dist.all_gather(parts, F.pad(S, (0, max(sizes) - len(S))))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+def global_loss(encoder_maps, decoder_maps):
+    """Eq. 2: 1 - cosine of the flattened maps, summed over the scales; the mean over the images."""
+    loss = 0
+    for e, d in pairs(encoder_maps, decoder_maps):
+        loss = loss + (1 - F.cosine_similarity(e.flatten(1), d.flatten(1))).mean()
+    return loss
+
+
+def local_loss(S):
+    """Eq. 7."""
+    return S.square().mean()
 
 
 def quantile(x, p):
-    """p-quantile of a vector as torch.quantile's, but of any length and fast for p near 1."""
+    """p-quantile of all elements, as torch.quantile's, which takes no more than 16 million."""
+    x = x.flatten()
     rank = p * (len(x) - 1)
     k = len(x) - int(rank)  # the k largest end at the element just below the rank
     top = x.topk(k).values
@@ -499,151 +566,151 @@ def quantile(x, p):
     return below + (above - below) * (rank - int(rank))
 
 
-def adc_threshold(pixels, p_hard, p_lim):
-    """Eq. 8: the value of S^2 from which on a pixel is mined; pixels: all_pixels(S)."""
-    squares = pixels.square()
-    alpha = quantile(pixels, p_hard)  # of S, not S^2: so in the paper and the authors' code
-    beta = quantile(squares, p_lim)
-    sigma2 = pixels.var()
-    A = (squares >= alpha - sigma2).sum()  # as many as alpha would mine
-    least = max(1, len(pixels) * (1 - p_lim))  # script B in the paper
-    return torch.where(A >= least, alpha, beta) - sigma2
-
-
-def local_loss(S, threshold=0.0):
-    """Eq. 7: mean of S^2, B x H x W, over the pixels with S^2 >= threshold: by default all."""
+@torch.no_grad()
+def adc_pixels(S, p_hard=0.9999, p_lim=0.9995):
+    """The pixels of S that Eq. 8 mines, bool B x H x W."""
     squares = S.square()
-    mined = squares >= threshold
-    return (squares * mined).sum() / total(mined.sum())
-
-
-def local_hm_loss(S, p_lim=0.9995):
-    """Eq. 9."""
-    return local_loss(S, quantile(all_pixels(S).square(), p_lim))
+    alpha = quantile(S, p_hard)  # of S, not S^2: so in the paper and the authors' code
+    beta = quantile(squares, p_lim)
+    sigma2 = S.var()
+    A = (squares >= alpha - sigma2).sum()
+    least = S.numel() * (1 - p_lim)  # script B in the paper
+    least = max(1, least)  # ours: with p_lim 1 alpha may mine nothing
+    return squares >= torch.where(A >= least, alpha, beta) - sigma2
 
 
 def adc_loss(S, p_hard=0.9999, p_lim=0.9995):
     """Eq. 8."""
-    return local_loss(S, adc_threshold(all_pixels(S), p_hard, p_lim))
+    return S[adc_pixels(S, p_hard, p_lim)].square().mean()
 
 
-def global_loss(encoder_maps, decoder_maps):
-    """Eq. 2: 1 - cosine of the flattened maps, summed over the scales, mean over the batch."""
-    batch = total(torch.tensor(len(encoder_maps[0]), device=encoder_maps[0].device))
-    loss = 0
-    for e, d in pairs(encoder_maps, decoder_maps):
-        loss = loss + (1 - F.cosine_similarity(e.flatten(1), d.flatten(1))).sum()
-    return loss / batch
+def local_hm_loss(S, p_lim=0.9995):
+    """Eq. 9."""
+    squares = S.square()
+    beta = quantile(squares, p_lim)
+    return squares[squares >= beta].mean()
 
 
-def objective(args, maps, size):
-    """The loss that --loss names, of the encoder's and the decoder's maps; size: the image's."""
-    if args.loss == "global":
-        return global_loss(*maps)
-    S = anomaly_map(*maps, size, "nearest")
-    if args.loss == "local":
-        return local_loss(S)  # Eq. 7; Eq. 1, the mean on each scale, came before it
-    if args.loss == "local-hm":
-        return local_hm_loss(S, args.p_lim)
-    return adc_loss(S, args.p_hard, args.p_lim)
-
+# Of a batch's maps, the encoder's and the decoder's, S (Eq. 4), and the settings of the run.
+LOSSES = {
+    "adc": lambda maps, S, args: adc_loss(S, args.p_hard, args.p_lim),
+    "global": lambda maps, S, args: global_loss(*maps),
+    "local": lambda maps, S, args: local_loss(S),
+    "local-hm": lambda maps, S, args: local_hm_loss(S, args.p_lim),
+    "local-cosine": lambda maps, S, args: local_cosine_loss(*maps),
+}
 
 # ----------------------------------------------------------------------------------- map and score
 
 
-def gaussian_blur(S, radius, mode):
-    """B x H x W convolved with a Gaussian of sigma 4 cut off at radius; mode: SciPy's border."""
-    blur = ndimage.gaussian_filter1d(np.eye(S.shape[1]), 4.0, 0, mode=mode, radius=radius)
-    blur = S.new_tensor(blur)  # H x H, and H = W
-    return blur @ S @ blur.T
+def blur(S, radius, border):
+    """B x H x W convolved with a Gaussian of sigma 4 cut off at radius; border: SciPy's mode."""
+    kernel = ndimage.gaussian_filter1d(np.eye(S.shape[1]), 4.0, 0, mode=border, radius=radius)
+    kernel = S.new_tensor(kernel)  # H x H, and H = W
+    return kernel @ S @ kernel.T
 
 
-def fold(layer, bn):
-    """A copy of a convolution or linear layer with the BatchNorm after it folded in."""
-    if isinstance(layer, nn.Linear):
-        return nn.utils.fuse_linear_bn_eval(layer, bn)
-    transposed = isinstance(layer, nn.ConvTranspose2d)
-    return nn.utils.fuse_conv_bn_eval(layer, bn, transpose=transposed)
+def mean_of_top(S):
+    """Mean of the 1 % highest pixels."""
+    pixels = S.flatten(1)  # B x HW
+    return pixels.topk(max(1, pixels.shape[1] // 100)).values.mean(1)
 
 
-def fuse(network):
-    """A frozen copy for inference: one convolution for each dilated reparam, BatchNorms folded into
-    the layers registered before them."""
-    network = copy.deepcopy(network).eval().requires_grad_(False)
-    for parent in list(network.modules()):
-        if isinstance(parent, Block) and isinstance(parent.dwconv, DilatedReparam):
-            parent.dwconv = parent.dwconv.fused()
-        for (name, layer), (bn_name, bn) in pairwise(list(parent.named_children())):
-            linear = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
-            if linear and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-                setattr(parent, name, fold(layer, bn))
-                setattr(parent, bn_name, nn.Identity())
-        if isinstance(parent, Block) and parent.grn.beta.numel() > 1:  # not folded yet
-            beta = parent.grn.beta.flatten()
-            parent.pwconv2.bias.data += parent.pwconv2.weight @ beta
-            parent.grn.beta = nn.Parameter(torch.zeros(1, device=beta.device), False)
-    return network
+SCORES = {  # radius and border of the blur (reflect: c b a | a b c), and what is taken of it
+    "max": (16, "reflect", lambda S: S.amax((1, 2))),  # the authors' first evaluation
+    "mean": (16, "reflect", lambda S: S.mean((1, 2))),
+    "top1": (2, "constant", mean_of_top),  # their later one
+    "max5": (2, "constant", lambda S: S.amax((1, 2))),  # of VisA, a model per class
+}
 
 
 class Detector(nn.Module):
-    """The fused network: image B x 3 x S x S in 0..1 -> map B x S x S, score B.
+    """The fused network: image B x 3 x size x size in 0..1 -> map B x size x size, score B.
 
-    score: "max" or "mean" (CIFAR-10) of a map blurred as in Reverse Distillation and the authors'
-    first evaluation; "top1", the mean of the top 1 %, and a 5 x 5 blur, of their later one.
+    model: a MiniMaxAD. score: of SCORES.
     """
 
-    def __init__(self, args, model):
+    def __init__(self, model, size, score="max"):
         super().__init__()
         self.model = copy.deepcopy(model).eval()
         self.model.bottleneck = fuse(model.bottleneck)
         self.model.decoder = fuse(model.decoder)
-        self.size = args.crop or args.size
-        self.score = args.score
+        self.size = size
+        self.score = score
 
     def forward(self, image):
+        radius, border, pool = SCORES[self.score]
         S = anomaly_map(*self.model(image), self.size, "bilinear")
-        if self.score == "top1":
-            S = gaussian_blur(S, 2, "constant")
-            pixels = S.flatten(1)  # B x HW
-            score = pixels.topk(max(1, pixels.shape[1] // 100)).values.mean(1)
-        else:
-            S = gaussian_blur(S, 16, "reflect")  # c b a | a b c
-            score = S.mean((1, 2)) if self.score == "mean" else S.amax((1, 2))
-        return S, score
+        S = blur(S, radius, border)
+        return S, pool(S)
 
 
 @torch.no_grad()
 def infer(detector, images, device):
-    """Maps N x S x S and scores N of uint8 images N x S x S x 3, as arrays."""
+    """Maps N x size x size and scores N of uint8 images N x size x size x 3, as arrays."""
     outputs = []
     B = 4 if device.type == "cpu" else 32
     for i in range(0, len(images), B):
         image = torch.tensor(images[i : i + B]).to(device)
-        image = image.permute(0, 3, 1, 2).float() / 255  # B x S x S x 3 -> B x 3 x S x S
+        image = (
+            image.permute(0, 3, 1, 2).float() / 255
+        )  # B x size x size x 3 -> B x 3 x size x size
         outputs.append([x.cpu().numpy() for x in detector(image)])
     return [np.concatenate(x) for x in zip(*outputs, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------- training
 
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # process 0 speaks, writes and evaluates
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
-def train(model, pixels, state, args, device):
-    """Train bottleneck and decoder on images, uint8 N x S x S x 3, from where the state stopped."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+
+def whole_batch(x, count):
+    """x of all images of the batch, with the gradient of this process's only.
+
+    x: B x .. of this process's images, batch[RANK::WORLD], maybe none. count: images of the batch.
+    """
+    if WORLD == 1:
+        return x
+    most = math.ceil(count / WORLD)  # images of a process
+    mine = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(parts, mine.detach())
+    parts[RANK] = mine
+    whole = torch.stack(parts, 1).flatten(0, 1)  # in the batch's order, what was missing at its end
+    return whole[:count]
+
+
+def add_gradients(parameters):
+    """Each process has the gradient by its own images; the sum is that by the whole batch."""
+    if WORLD == 1:
+        return
+    gradients = [p.grad for p in parameters]
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat, gradients)
+
+
+def make_optimizer(parameters, args):
     options = {"weight_decay": args.weight_decay, "fused": True}
     if args.arch == "rd":
-        optimizer = torch.optim.Adam(parameters, betas=(0.5, 0.999), **options)
-    else:
-        optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), **options)
+        return torch.optim.Adam(parameters, betas=(0.5, 0.999), **options)
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), **options)
+
+
+def train(model, pixels, state, args, device):
+    """Train bottleneck and decoder on images, uint8 N x size x size x 3, from where the state
+    stopped."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters, args)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
-    parallel = model
     if WORLD > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     elif WORLD > 1:
         log.info("note: on CPUs BatchNorm is over each process's images, not the global batch")
-    if WORLD > 1:
-        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     size = args.crop or args.size
     saved_at = time.time()
@@ -658,21 +725,26 @@ def train(model, pixels, state, args, device):
         model.encoder.eval()
         losses = 0
         for batch in batches:
-            part = batch[RANK::WORLD]  # this process's share of the global batch, maybe none
-            image = pixels[part].to(device).permute(0, 3, 1, 2)  # B x S x S x 3 -> B x 3 x S x S
+            part = batch[RANK::WORLD]  # this process's share, maybe none
+            image = pixels[part].to(device).permute(0, 3, 1, 2)  # B x 3 x size x size
             image = image.contiguous().float() / 255
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                maps = parallel(image)
-            loss = objective(args, maps, size)
+                maps = model(image)
+            # In bfloat16 a cosine distance would be rounded to .004.
+            maps = [[whole_batch(x.float(), len(batch)) for x in scales] for scales in maps]
+            S = anomaly_map(*maps, size, "nearest")
+            loss = LOSSES[args.loss](maps, S, args)
+
             optimizer.zero_grad()
-            (loss * WORLD).backward()  # DistributedDataParallel takes the mean over processes
+            loss.backward()
+            add_gradients(parameters)
             optimizer.step()
             losses = losses + loss.detach()
 
-        loss = total(losses).item() / len(batches)
+        loss = losses.item() / len(batches)
         if not nn.utils.parameters_to_vector(parameters).isfinite().all():
-            raise data.DataError(f"diverged in epoch {epoch + 1}: lower --lr")
-        text = f"{args.loss} loss {loss:.5f}, {last_batch(args, maps, size)}"
+            raise data.UserError(f"diverged in epoch {epoch + 1}: lower --lr")
+        text = f"{args.loss} loss {loss:.5f}, {last_batch(maps, S, args)}"
         seconds = time.time() - start
         log.info(f"{state['name']} epoch {epoch + 1}/{args.epochs}: {text}, {seconds:.1f} s")
         state["epoch"] = epoch + 1
@@ -682,41 +754,56 @@ def train(model, pixels, state, args, device):
 
 
 @torch.no_grad()
-def last_batch(args, maps, size):
+def last_batch(maps, S, args):
     """Text: the pixels that Eq. 8 mines (Fig. 4a), the variance of normalised maps (Fig. 3c)."""
-    pixels = all_pixels(anomaly_map(*maps, size, "nearest"))
-    mined = (pixels.square() >= adc_threshold(pixels, args.p_hard, args.p_lim)).sum()
+    mined = adc_pixels(S, args.p_hard, args.p_lim).sum()
     variances = []
     for scales in maps:  # the encoder's, the decoder's
-        variances.append(sum(F.normalize(x.float(), dim=1).var(correction=0) for x in scales))
-    e, d = variances
+        variances.append(sum(F.normalize(x, dim=1).var(correction=0) for x in scales))
     return (
-        f"mined by Eq. 8 {mined} of {len(pixels)} pixels, "
-        f"variance of the encoder's maps {e:.5f}, the decoder's {d:.5f}"
+        f"mined by Eq. 8 {mined} of {S.numel()} pixels, "
+        f"variance of the encoder's maps {variances[0]:.5f}, the decoder's {variances[1]:.5f}"
     )
 
 
 def fit(model, state, args, samples, images, device):
-    """Train on the samples of the state's classes, uint8 images N x S x S x 3; then find what
+    """Train on the samples of the state's classes, uint8 images N x size x size x 3; then find what
     --predict needs. Leaves checkpoints in args.out."""
     index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
     held = data.hold_out([samples[i] for i in index], args.holdout)
-    calibration = index[held] if held.any() else index
-    index = index[~held]
-    digest = data.digest([samples[i] for i in index])
+    trained = index[~held]
+    digest = data.digest([samples[i] for i in trained])
     if state["digest"] not in (None, digest):
         raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
     state["digest"] = digest
 
-    pixels = torch.from_numpy(images[index])
+    pixels = torch.from_numpy(images[trained])
     if device.type == "cuda" and pixels.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]:
         pixels = pixels.to(device)
     train(model, pixels, state, args, device)
 
-    calibration = calibration[:: math.ceil(len(calibration) / 1000)]  # a thousand will do
-    S, scores = infer(Detector(args, model), images[calibration], device)
-    state["normal"] = metrics.calibrate(S, scores, [samples[i] for i in calibration])
+    chosen = calibration_images([samples[i] for i in index], held)
+    normal = [samples[i] for i in index[chosen]]
+    detector = Detector(model, args.crop or args.size, args.score)
+    S, scores = infer(detector, images[index[chosen]], device)
+    state["calibration"] = metrics.calibrate(S, scores, normal, held[chosen])
+    state["trained"] = True
     save(args, state, model, None)
+
+
+def calibration_images(samples, held):
+    """Indices: of each class its held-out images, or else those that trained; of many an even
+    choice, a thousand in all or a hundred of each class."""
+    classes = dict.fromkeys(sample.cls for sample in samples)
+    each = max(100, 1000 // len(classes))
+    chosen = []
+    for cls in classes:
+        mine = np.flatnonzero([sample.cls == cls for sample in samples])
+        if held[mine].any():
+            mine = mine[held[mine]]
+        even = np.linspace(0, len(mine), min(each, len(mine)), endpoint=False, dtype=int)
+        chosen.extend(mine[even])
+    return np.array(chosen)
 
 
 # ------------------------------------------------------------------------- evaluation, and the run
@@ -729,7 +816,7 @@ def evaluate(model, state, args, samples, images, masks, device):
         if args.data == "cifar10" or sample.cls in state["classes"]:
             rows.setdefault(sample.row, []).append(i)
 
-    detector = Detector(args, model)
+    detector = Detector(model, args.crop or args.size, args.score)
     results = {}
     for row, index in rows.items():
         mine = [samples[i] for i in index]
@@ -738,7 +825,7 @@ def evaluate(model, state, args, samples, images, masks, device):
         results[row] = metrics.evaluate(mine, scores, S, masks[index])
         if args.save_maps:
             folder = Path(args.out, "maps", row)
-            metrics.save_maps(folder, pixels, mine, scores, S, masks[index], state["normal"])
+            metrics.save_maps(folder, pixels, mine, scores, S, masks[index], state["calibration"])
     return results
 
 
@@ -771,7 +858,7 @@ def run(args, states, device):
     for state in states:
         torch.manual_seed(args.seed)
         model = make_model(args, state, encoder).to(device)
-        if state["normal"] is None:
+        if not state["trained"]:
             fit(model, state, args, train_samples, images, device)
         if RANK == 0:
             results |= evaluate(model, state, args, test, test_images, masks, device)
@@ -793,9 +880,10 @@ def new_state(args, classes):
         "classes": classes,
         "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
+        "trained": False,  # all epochs, and the calibration found
         "model": None,  # its tensors after that epoch
         "optimizer": None,
-        "normal": None,  # once trained: what normal images look like to the detector
+        "calibration": None,  # what normal images look like to the trained detector
     }
 
 
@@ -811,8 +899,7 @@ def save(args, state, model, optimizer):
     if RANK == 0:
         state["model"] = model.state_dict()
         state["optimizer"] = optimizer
-        with data.written(Path(args.out, f"{state['name']}.pt")) as temporary:
-            torch.save(state, temporary)
+        data.save_tensors(Path(args.out, f"{state['name']}.pt"), state)
 
 
 def read_state(path):
@@ -943,7 +1030,7 @@ def predict(args, state, model, device):
     if classes != known and (len(classes) > 1 or classes[0] not in known):
         raise data.DataError(f"--classes: expected one of {', '.join(known)}")
     name = classes[0] if len(classes) == 1 else ""  # a unified model does not find the class
-    detector = Detector(args, model)
+    detector = Detector(model, args.crop or args.size, args.score)
     paths = data.find_images(args.predict)
     open_folder(args)
 
@@ -951,8 +1038,9 @@ def predict(args, state, model, device):
         return *infer(detector, pixels, device), [name] * len(pixels)
 
     batch_size = 4 if device.type == "cpu" else 32
-    options = args.quantile, args.out, batch_size, args.size, args.crop
-    return metrics.predict(paths, judge, state["normal"], *options)
+    thresholds = metrics.thresholds(state["calibration"], args.quantile, [name])
+    options = state["calibration"], thresholds, args.out, batch_size, args.size, args.crop
+    return metrics.predict(paths, judge, *options)
 
 
 def export(args, state, model):
@@ -962,18 +1050,19 @@ def export(args, state, model):
     shapes = ({0: torch.export.Dim("batch", min=1)},)
     if Path(args.export).exists():
         raise data.DataError(f"--export {args.export}: exists; name a new file")
+    detector = Detector(model, side, args.score)
     with torch.no_grad(), data.written(args.export) as temporary:
-        program = torch.export.export(Detector(args, model), (image,), dynamic_shapes=shapes)
+        program = torch.export.export(detector, (image,), dynamic_shapes=shapes)
         torch.export.save(program, temporary)
     log.info(f"{args.export}: RGB B x 3 x {side} x {side} in 0..1 -> map, score")
-    metrics.thresholds(state["normal"], args.quantile)
+    metrics.thresholds(state["calibration"], args.quantile, state["classes"])
 
 
 def bench(args, device):
     """Storage (the paper: 119 MB), images per second, then the whole path of --predict."""
     state = new_state(args, ["0"])
     model = make_model(args, state, load_encoder(args.backbone, "none")).to(device).eval()
-    detector = Detector(args, model).requires_grad_(False)
+    detector = Detector(model, args.crop or args.size, args.score).requires_grad_(False)
     side = args.crop or args.size
     log.info(f"{args.backbone}, {side} px, {device}, {torch.get_num_threads()} threads")
     for name, network in ("trained", model), ("fused", detector):
@@ -987,7 +1076,8 @@ def bench(args, device):
         rate = B / (time.time() - start)
         log.info(f"batch {B}: {rate:.1f} images/s (the paper: 40.7 at batch 1 on a GTX 1080 Ti)")
 
-    state["normal"] = metrics.calibrate(S, scores, [data.Sample("", 0, "0", "0")] * B)
+    samples = [data.Sample("", 0, "0", "0")] * B
+    state["calibration"] = metrics.calibrate(S, scores, samples, np.ones(B, bool))
     with tempfile.TemporaryDirectory() as folder:
         for i in range(64):
             pixels = np.random.randint(0, 256, (256, 256, 3), np.uint8)
@@ -1002,6 +1092,14 @@ def bench(args, device):
 # -------------------------------------------------------------------------------------- arguments
 
 
+CHOICES = {
+    "normals": ["01234", "56789", "02468", "13579"],
+    "arch": ARCHS,
+    "loss": LOSSES,
+    "score": SCORES,
+}
+
+
 def get_parser():
     """A flag for each of SETTINGS and ACTIONS, and --no-FLAG for what is on or off."""
     parser = argparse.ArgumentParser(
@@ -1014,12 +1112,12 @@ def get_parser():
         options = {"default": default, "help": text}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, list):
-            options |= {"default": default[0], "choices": default}
         elif default is None:
             options["type"] = os.path.expanduser
         else:
             options["type"] = type(default)
+        if key in CHOICES:
+            options["choices"] = list(CHOICES[key])
         if key in ("classes", "predict"):
             options["nargs"] = "+"
         parser.add_argument(f"--{key.replace('_', '-')}", **options)
@@ -1067,6 +1165,8 @@ def parse_args(argv=None):
         if key not in free and getattr(args, key) != value:
             flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
             parser.error(f"{flag}: the run has {value}")
+    if (args.crop or args.size) <= 32:
+        parser.error(f"--size, --crop: {args.crop or args.size} pixels are too few; 33 or more")
     if args.crop > args.size:
         parser.error(f"--crop {args.crop} is larger than --size {args.size}")
     check(parser, args, states)
@@ -1084,7 +1184,7 @@ def check(parser, args, states):
         parser.error("--data cifar10 --no-unified: its five normal classes train one model")
     if args.eval and args.bench:
         parser.error("--eval goes without --bench")
-    if args.eval and any(state["normal"] is None for state in states):
+    if args.eval and any(not state["trained"] for state in states):
         parser.error(f"--eval {args.eval}: its training stopped early; finish it with --resume")
     if (args.predict or args.export) and len(states) != 1:
         parser.error("--predict and --export take one model, --eval RUN/FILE.pt")
@@ -1122,7 +1222,7 @@ def main(argv=None):
             run(args, states, device)
         if LAUNCHED:
             dist.destroy_process_group()
-    except (data.DataError, OSError) as error:
+    except (data.UserError, OSError) as error:
         if LOCAL_RANK == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

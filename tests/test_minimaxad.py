@@ -6,17 +6,20 @@ minimaxad_losses.safetensors (maps of encoder and decoder, S, two losses, gradie
 """
 
 import copy
+import io
 import json
 import re
 import zlib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from hub import serve_hub  # noqa: F401
 from safetensors.torch import load_file, save_file
 from scipy import ndimage, stats
 from torch import nn
@@ -67,8 +70,10 @@ def small_model():
     return model
 
 
-def settings(line):
-    return minimaxad.parse_args(line.split())[0]
+def test_every_equation_of_the_paper_stands_in_the_file():
+    source = Path(minimaxad.__file__).read_text()
+    mathematics = source[source.index("class GRN") : source.index("class Detector")]
+    assert {int(n) for n in re.findall(r"Eq\. (\d)", mathematics)} == set(range(1, 10))
 
 
 # ------------------------------------------------------------------------------------ the encoder
@@ -86,58 +91,44 @@ def fill(key, shape):
     return 1 + 0.1 * noise if key.endswith(("weight", "gamma")) else 0.1 * noise
 
 
-@pytest.fixture(scope="module")
-def encoder_n(tmp_path_factory):
-    """Of a file with the authors' names and the head that is not needed, without the last stage."""
+def test_unireplknet_n_is_downloaded_and_gives_the_authors_features(hub):
+    """The file has their names, and the head, which is not needed, but not the last stage."""
     shapes = json.loads((HERE / "unireplknet_n_keys.json").read_text())
     needed = {key: shape for key, shape in shapes.items() if not re.match(".*(s.3|tracked)", key)}
-    path = tmp_path_factory.mktemp("weights") / "unireplknet_n.safetensors"
-    save_file({key: fill(key, shape) for key, shape in needed.items()}, path)
-    return minimaxad.load_encoder("unireplknet_n", str(path))
+    file = io.BytesIO()
+    torch.save({"model": {key: fill(key, shape) for key, shape in needed.items()}}, file)
+    name = "DingXiaoH/UniRepLKNet/unireplknet_n_in1k_224_acc81.64.pth"
+    hub.files[name] = file.getvalue()
 
-
-def test_unireplknet_n_gives_the_authors_features(encoder_n):
+    encoder = minimaxad.load_encoder("unireplknet_n", None)
     golden = load_file(HERE / "unireplknet_n_features.safetensors")
-    features = [x[:1] for x in encoder_n(golden["image"])]
+    features = [x[:1] for x in encoder(golden["image"])]
     expected = [golden[f"feature{k}"] for k in range(3)]
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-def test_a_loaded_encoder_is_frozen(encoder_n):
-    for encoder in encoder_n, minimaxad.load_encoder("test_efficientnet", "none"):
-        assert not [p for p in encoder.parameters() if p.requires_grad]
-        norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-        assert not [norm for norm in norms if norm.training]
-
-
-def test_the_fused_network_takes_the_papers_119_mb(encoder_n):
-    model = minimaxad.fuse(minimaxad.MiniMaxAD(encoder_n))
-    mebibytes = sum(x.nbytes for x in model.state_dict().values()) / 2**20
-    assert mebibytes == pytest.approx(119.4, abs=0.05)
-
-
-def test_a_timm_network_from_a_file_gives_its_stages_maps(tmp_path):
+@pytest.mark.parametrize("download", [True, False])
+def test_a_timm_network_gives_its_stages_maps(download, hub, tmp_path):
     net = randomised(timm.create_model("resnet18"), 0.01)
-    save_file(net.state_dict(), tmp_path / "resnet18.safetensors")
-    encoder = minimaxad.load_encoder("resnet18", str(tmp_path / "resnet18.safetensors"))
+    file = tmp_path / "resnet18.safetensors"
+    save_file(net.state_dict(), file)
+    if download:
+        hub.files["timm/resnet18.a1_in1k/model.safetensors"] = file.read_bytes()
+    encoder = minimaxad.load_encoder("resnet18", None if download else str(file))
     image = torch.randn(2, 3, 64, 96)
     x = net.maxpool(net.act1(net.bn1(net.conv1(image))))
     close(encoder(image), [x := layer(x) for layer in (net.layer1, net.layer2, net.layer3)])
 
 
-def test_making_an_encoder_leaves_its_batch_statistics_as_they_were():
-    encoder = minimaxad.TimmEncoder("test_resnet")
-    variances = [x for name, x in encoder.named_buffers() if name.endswith("running_var")]
-    assert variances
-    assert all((x == 1).all() for x in variances)
-
-
-def test_an_encoder_has_the_mean_and_deviation_that_it_was_trained_with(encoder_n):
+def test_an_encoder_is_frozen_and_standardises_as_it_was_trained():
+    imagenet = minimaxad.load_encoder("unireplknet_a", "none")
     other = minimaxad.load_encoder("tf_efficientnet_lite0", "none")
-    assert encoder_n.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
-    assert encoder_n.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
-    assert other.mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    assert other.std.flatten().tolist() == [0.5, 0.5, 0.5]
+    close(imagenet.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    close(imagenet.std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
+    assert (other.mean == 0.5).all() and (other.std == 0.5).all()
+    assert not [p for x in (imagenet, other) for p in x.parameters() if p.requires_grad]
+    norms = [module for module in other.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert not [norm for norm in norms if norm.training or (norm.running_var != 1).any()]
 
 
 # ------------------------------------------------------------------------ layers, and their fusion
@@ -174,10 +165,12 @@ def test_gradients_of_the_dilated_convolutions_in_bfloat16_are_those_in_float32(
 @pytest.mark.parametrize("convert", [nn.Sequential, nn.SyncBatchNorm.convert_sync_batchnorm])
 def test_fusing_leaves_the_output_as_it_was(convert):
     blocks = minimaxad.stage(6, [13, 3])
-    network = nn.Sequential(blocks, minimaxad.Residual(6, 3, 12, "up"))
+    network = nn.Sequential(blocks, minimaxad.Residual(6, 3, 12, "double"))
     network = convert(randomised(network).double())
     x = torch.randn(2, 6, 20, 17, dtype=torch.double)
-    torch.testing.assert_close(minimaxad.fuse(network)(x), network(x), rtol=1e-9, atol=1e-9)
+    fused = minimaxad.fuse(network)
+    torch.testing.assert_close(fused(x), network(x), rtol=1e-9, atol=1e-9)
+    assert not [m for m in fused.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -188,11 +181,11 @@ def test_the_model_is_the_papers_figure_2():
     maps = model.encoder((IMAGES - MEAN) / STD)
     from1, from2, compress = model.bottleneck.children()
 
-    def halved(x, conv, norm):
-        return norm(F.conv2d(x, conv.weight, stride=2, padding=1)).relu()
+    def halved(x, step):
+        return step[1](F.conv2d(x, step[0].weight, stride=2, padding=1)).relu()
 
-    one = halved(halved(maps[0], from1[0], from1[1]), from1[3], from1[4])
-    joined = torch.cat([one, halved(maps[1], from2[0], from2[1]), maps[2]], 1)
+    one = halved(halved(maps[0], from1[0]), from1[2])
+    joined = torch.cat([one, halved(maps[1], from2[0]), maps[2]], 1)
     x = compress[1](F.conv2d(joined, compress[0].weight, stride=2, padding=1))
     outputs = []
     for up, norm, blocks in model.decoder:
@@ -204,35 +197,46 @@ def test_the_model_is_the_papers_figure_2():
 
 
 LIGHT = [[3] * 2, [13] * 2, [13] * 6]
-STAGES = [("a", 40, LIGHT), ("f", 48, LIGHT), ("p", 64, LIGHT)]
-STAGES += [("n", 80, [[3] * 2, [13] * 2, [13] * 8]), ("t", 80, [[3] * 3, [13] * 3, [13, 3] * 9])]
+SIZES = [("a", 40, LIGHT), ("f", 48, LIGHT), ("p", 64, LIGHT)]
+SIZES += [("n", 80, [[3] * 2, [13] * 2, [13] * 8]), ("t", 80, [[3] * 3, [13] * 3, [13, 3] * 9])]
 
 
-@pytest.mark.parametrize("name, c, kernels", STAGES)
-def test_the_decoder_mirrors_the_encoder_around_two_small_kernel_blocks(name, c, kernels):
+@pytest.mark.parametrize("name, c, kernels", SIZES)
+def test_the_fused_network_takes_the_papers_119_mb(name, c, kernels):
+    """Figure 2 counted layer by layer: each stage once in the encoder and once in the decoder."""
+
+    def block(c, kernel):
+        attention = 2 * c * c // 4 + c // 4 + c
+        ffn = 2 * 4 * c * c + 4 * c + c
+        grn = 4 * c + 1  # gamma; beta is in the bias of the layer after it
+        return kernel**2 * c + c + attention + ffn + grn + c  # the last: layer scale
+
+    stages = sum(block(c * 2**i, kernel) for i in range(3) for kernel in kernels[i])
+    stem = 9 * 3 * c // 2 + 3 * c // 2 + 9 * c // 2 * c + 3 * c
+    down = 9 * (2 + 8) * c**2 + 3 * (2 + 4) * c
+    fusion = 9 * (2 + 8 + 8 + 12 * 8) * c**2 + (2 + 4 + 4) * c + 2 * block(8 * c, 3)
+    up = 4 * (32 + 8 + 2) * c**2 + 2 * (4 + 2 + 1) * c
+
     with torch.device("meta"):
-        model = minimaxad.MiniMaxAD(minimaxad.UniRepLKNet(f"unireplknet_{name}"))
-    stages = [[(k, c * 2**i) for k in kernels[i]] for i in range(3)]
-    expected = [*stages, [(3, 8 * c)] * 2, *stages[::-1]]
-    parts = [*model.encoder.stages, model.bottleneck, *model.decoder]
-    for part, kernels_and_channels in zip(parts, expected, strict=True):
-        blocks = [m for m in part.modules() if isinstance(m, minimaxad.Block)]
-        first = [next(m for m in block.modules() if isinstance(m, nn.Conv2d)) for block in blocks]
-        assert [(conv.kernel_size[0], conv.groups) for conv in first] == kernels_and_channels
+        encoder = minimaxad.UniRepLKNet(f"unireplknet_{name}")
+        model = minimaxad.MiniMaxAD(minimaxad.fuse(encoder))
+    count = sum(x.numel() for x in minimaxad.Detector(model, 256).state_dict().values())
+    assert count == 2 * stages + stem + down + fusion + up
+    assert name != "n" or 4 * count // 2**20 == 119  # Sec. 1: "just 119MB of storage"
 
 
-@pytest.mark.parametrize(
-    "layer, start",
-    [
-        ("bottleneck.compress.0", stats.norm(0, (2 / (64 * 3 * 3)) ** 0.5)),  # Kaiming, fan out
-        ("decoder.0.2.0.dwconv", stats.norm(0, (2 / (32 * 3 * 3)) ** 0.5)),
-        ("decoder.0.0", stats.uniform(-(128**-0.5), 2 * 128**-0.5)),  # torch's, of 32 x 2 x 2
-        ("decoder.0.2.0.pwconv1", stats.uniform(-(32**-0.5), 2 * 32**-0.5)),
-    ],
-)
-def test_convolutions_start_as_kaimings_the_others_as_torchs(layer, start):
+STARTS = {
+    "bottleneck.compress.0": stats.norm(0, (2 / (64 * 3 * 3)) ** 0.5),  # Kaiming, fan out
+    "decoder.0.2.0.dwconv": stats.norm(0, (2 / (32 * 3 * 3)) ** 0.5),
+    "decoder.0.0": stats.uniform(-(128**-0.5), 2 * 128**-0.5),  # torch's, of 32 x 2 x 2
+    "decoder.0.2.0.pwconv1": stats.uniform(-(32**-0.5), 2 * 32**-0.5),
+}
+
+
+@pytest.mark.parametrize("layer", STARTS)
+def test_convolutions_start_as_kaimings_the_others_as_torchs(layer):
     weight = minimaxad.MiniMaxAD(SmallEncoder()).get_submodule(layer).weight
-    assert stats.kstest(weight.detach().flatten(), start.cdf).pvalue > 0.001
+    assert stats.kstest(weight.detach().flatten(), STARTS[layer].cdf).pvalue > 0.001
 
 
 # ----------------------------------------------------------------------------------- the baseline
@@ -243,39 +247,22 @@ def test_convolutions_start_as_kaimings_the_others_as_torchs(layer, start):
 )
 def test_a_stage_of_the_baseline_is_a_resnets(name, sizes):
     theirs = randomised(timm.create_model(name).layer2, 0.01)
-    ours = minimaxad.residual_stage(*sizes, "down", len(theirs)).eval()
+    ours = minimaxad.residual_stage(*sizes, "halve", len(theirs)).eval()
     values = theirs.state_dict().values()  # both in the order in which they are applied
     ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
     x = torch.randn(2, sizes[0], 9, 8)
     close(ours(x), theirs(x))
 
 
-def test_the_baseline_has_the_weights_of_reverse_distillation():
-    """Its public code's bottleneck and decoder of WideResNet-50, counted layer by layer."""
+def test_the_baseline_is_reverse_distillations():
+    """Its decoder is as deep as the encoder's stages 1, 2, 3, in this order: not mirrored."""
     with torch.device("meta"):
-        model = minimaxad.MiniMaxAD(minimaxad.TimmEncoder("wide_resnet50_2"), "rd")
-
-    def block(inputs, width, outputs, resize=None):
-        middle = 4 if resize == "up" else 9
-        shortcut = inputs * outputs * (4 if resize == "up" else 1) + 2 * outputs if resize else 0
-        convs = inputs * width + middle * width**2 + width * outputs
-        return convs + 2 * (2 * width + outputs) + shortcut
-
-    fusion = 9 * (256 * 512 + 512 * 1024 + 512 * 1024) + 2 * (512 + 1024 + 1024)
-    expected = [  # the decoder as deep as the encoder's stages 1, 2, 3, in this order: not mirrored
-        fusion + block(3072, 1024, 2048, "down") + 2 * block(2048, 1024, 2048),
-        block(2048, 512, 1024, "up") + 2 * block(1024, 512, 1024),
-        block(1024, 256, 512, "up") + 3 * block(512, 256, 512),
-        block(512, 128, 256, "up") + 5 * block(256, 128, 256),
-    ]
-    parts = [model.bottleneck, *model.decoder]
-    assert [sum(p.numel() for p in part.parameters()) for part in parts] == expected
-
-
-def test_the_baselines_decoder_gives_maps_of_the_encoders_sizes():
-    model = minimaxad.MiniMaxAD(minimaxad.load_encoder("test_resnet", "none"), "rd")
-    maps = model(IMAGES)
+        model = minimaxad.MiniMaxAD(minimaxad.load_encoder("wide_resnet50_2", "none"), "rd")
+        maps = model(torch.zeros(2, 3, 64, 64))
     assert [x.shape for x in maps[0]] == [x.shape for x in maps[1]]
+    stages = [model.bottleneck.compress, *model.decoder]
+    assert [len(stage) for stage in stages] == [3, 3, 4, 6]
+    assert [stage[1].residual[0][0].out_channels for stage in stages] == [1024, 512, 256, 128]
 
 
 # -------------------------------------------------------------------------------------- the losses
@@ -326,6 +313,15 @@ def test_the_losses_quantiles_are_the_papers_by_default(largest):
     assert minimaxad.local_hm_loss(torch.tensor(S)).item() == pytest.approx((S[hard] ** 2).mean())
 
 
+def test_the_local_cosine_loss_is_equation_1():
+    maps = [[torch.randn(2, 8, side, side) for side in (8, 4, 2)] for _ in "ed"]
+    expected = 0
+    for e, d in zip(*maps, strict=True):
+        cosine = (e * d).sum(1) / e.norm(dim=1) / d.norm(dim=1)
+        expected += (1 - cosine).sum() / 2 / e.shape[2] ** 2
+    close(minimaxad.local_cosine_loss(*maps), expected)
+
+
 def test_the_local_losses_are_equations_7_and_9():
     S = torch.arange(13.0).view(1, 1, 13)
     assert minimaxad.local_loss(S) == sum(i**2 for i in range(13)) / 13
@@ -347,7 +343,8 @@ def test_where_a_side_does_not_halve_the_decoders_map_is_resized_nearest():
 
 
 def train(model, pixels, folder, flags=""):
-    args = settings(f"--size 72 --crop 64 --holdout 0 --epochs 1 --out {folder} {flags}")
+    line = f"--size 72 --crop 64 --holdout 0 --epochs 1 --out {folder} {flags}"
+    args, _ = minimaxad.parse_args(line.split())
     samples = [data.Sample("toy", 0, "a", "", pixels=x) for x in pixels]
     state = minimaxad.new_state(args, ["a"])
     minimaxad.fit(model, state, args, samples, pixels, torch.device("cpu"))
@@ -357,12 +354,13 @@ LOSSES = {
     "global": lambda maps, S: minimaxad.global_loss(*maps),
     "local": lambda maps, S: minimaxad.local_loss(S),
     "local-hm": lambda maps, S: minimaxad.local_hm_loss(S, 0.9),
+    "local-cosine": lambda maps, S: minimaxad.local_cosine_loss(*maps),
     "adc": lambda maps, S: minimaxad.adc_loss(S, 0.8, 0.9),
 }
-RUNS = {"minimax": LOSSES, "rd": ["global"]}
+RUNS = [*(("minimax", loss) for loss in LOSSES), ("rd", "global")]
 
 
-@pytest.mark.parametrize("arch, loss", [(arch, loss) for arch in RUNS for loss in RUNS[arch]])
+@pytest.mark.parametrize("arch, loss", RUNS)
 def test_training_is_the_papers_step_by_step(arch, loss, tmp_path):
     """On an image three times, so that the order makes no difference: batches of two and of one."""
     model = small_model()
@@ -419,22 +417,46 @@ def test_the_threshold_is_found_with_images_held_back_from_training(tmp_path):
     assert (sorted(batch), held) == ([1, 3, 4], [0, 2])
 
 
-def test_the_log_tells_the_loss_the_mined_pixels_and_how_maps_vary(tmp_path, caplog):
-    """The mean loss of the batches, here of two images and of one; the rest of the last batch."""
+def test_many_classes_each_have_calibration_images_of_their_own():
+    """2,000 of a, of which every second was held out, 3 of b of which none: evenly 500 of a."""
+    samples = [SimpleNamespace(cls=cls) for cls in ["a"] * 2000 + ["b"] * 3]
+    held = np.arange(2003) % 2 == 1
+    held[2000:] = False
+    chosen = minimaxad.calibration_images(samples, held)
+    assert chosen.tolist() == [*range(1, 2000, 4), 2000, 2001, 2002]
+
+
+def test_a_size_that_leaves_one_position_is_refused_before_the_training(call):
+    for flags in ["--size", "32"], ["--size", "64", "--crop", "32"]:
+        result = call("minimaxad", *flags)
+        assert result.status == 2
+        assert "--size" in result.error
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_log_tells_the_loss_the_mined_pixels_and_how_maps_vary(amp, tmp_path, caplog):
+    """The mean loss of the batches, here of two images and of one; the rest of the last batch.
+
+    Maps that the network has in bfloat16 are compared in float32.
+    """
     caplog.set_level("INFO")
     model = small_model()
-    train(model, PIXELS[[0] * 3], tmp_path, "--lr 0 --p-hard 0.8 --p-lim 0.9 --batch-size 2")
+    flags = "--lr 0 --p-hard 0.8 --p-lim 0.9 --batch-size 2" + " --amp" * amp
+    train(model, PIXELS[[0] * 3], tmp_path, flags)
     model.train().encoder.eval()
     losses = []
     for count in 2, 1:
-        maps = model(IMAGES[[0] * count])
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            maps = model(IMAGES[[0] * count])
+        maps = [[x.float() for x in scales] for scales in maps]
         S = minimaxad.anomaly_map(*maps, 64, "nearest")
         losses.append(minimaxad.adc_loss(S, 0.8, 0.9).item())
     mined = (S**2 >= S.quantile(0.8) - S.var()).sum()
     e, d = (sum((x / x.norm(dim=1, keepdim=True)).var(correction=0) for x in xs) for xs in maps)
     line = "adc loss (.*), mined by Eq. 8 (.*) of 4096 .*encoder's maps (.*), the decoder's (.*), "
     found = map(float, re.search(line, caplog.text).groups())
-    assert [*found] == pytest.approx([np.mean(losses), mined.item(), e.item(), d.item()], rel=1e-3)
+    expected = [np.mean(losses), mined.item(), e.item(), d.item()]
+    assert [*found] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------- map and score
@@ -446,6 +468,7 @@ def test_the_log_tells_the_loss_the_mined_pixels_and_how_maps_vary(tmp_path, cap
         ("max", {}, np.max),
         ("mean", {}, np.mean),
         ("top1", {"radius": 2, "mode": "constant"}, lambda x: np.sort(x, None)[-40:].mean()),
+        ("max5", {"radius": 2, "mode": "constant"}, np.max),
     ],
 )
 def test_the_map_is_s_blurred_with_sigma_4_and_the_score_its_pool(score, border, pool):
@@ -458,7 +481,7 @@ def test_the_map_is_s_blurred_with_sigma_4_and_the_score_its_pool(score, border,
         S = S + ndimage.zoom(M, 64 // len(M), order=1)  # Eq. 4, corners aligned
     expected = ndimage.gaussian_filter(S, 4, **border)
 
-    detector = minimaxad.Detector(settings(f"--size 72 --crop 64 --score {score}"), model)
+    detector = minimaxad.Detector(model, 64, score)
     found, scores = minimaxad.infer(detector, PIXELS, torch.device("cpu"))
     np.testing.assert_allclose(found[4], expected, atol=1e-4)
     assert scores[4] == pytest.approx(pool(expected), rel=1e-4)
