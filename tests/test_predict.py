@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import data
@@ -48,7 +47,8 @@ def test_each_photo_has_a_row_in_order_a_picture_and_the_score_of_the_table(pred
 
 @pytest.mark.parametrize("flags", [[], ["--classes", "weave"]])
 def test_the_class_is_the_users_or_is_found_by_mintad_only(script, predict, flags):
-    predict("photos/pill/test", "photos/weave/test", flags=flags)
+    said = predict("photos/pill/test", "photos/weave/test", flags=flags).out
+    assert ("threshold for all classes" in said) == (script == "minimaxad" and not flags)
     for row in read("new"):
         found = Path(row["file"]).parts[1] if script == "mintad" else ""
         assert row["class"] == ("weave" if flags else found)
@@ -95,26 +95,10 @@ def test_a_classs_threshold_is_of_its_held_out_photos_or_claims_no_rate(
         assert ("% false alarms" in told, "trained" in told) == (held_out, not held_out)
 
 
-@pytest.mark.parametrize("script", ["minimaxad"])
-def test_without_a_class_the_threshold_is_that_of_all_held_out_photos_and_is_told(predict):
-    found = {}
-    for flags in ["--classes", "pill"], ["--classes", "weave"], ["--quantile", "0.5"]:
-        said = predict("photos/pill/test/good", out=flags[1], flags=flags).out
-        found[flags[1]] = float(read(flags[1])[0]["threshold"])
-    assert found["0.5"] == pytest.approx((found["pill"] + found["weave"]) / 2, rel=1e-3)
-    told = re.search("threshold for all classes: ([0-9.e-]+)", said)[1]
-    assert float(told) == pytest.approx(found["0.5"], rel=1e-3)
-
-
-def test_photos_of_other_sizes_and_modes_are_judged_and_an_unreadable_one_is_told(predict):
-    Path("odd").mkdir()
-    image = Image.open(next(Path("photos/pill/test/good").iterdir()))
-    for name, size, mode in [("a", (300, 200), "L"), ("b", (31, 500), "RGBA"), ("c", (9, 9), "P")]:
-        image.resize(size).convert(mode).save(f"odd/{name}.png")
-    assert predict("odd").status == 0
-    Path("odd/b.png").write_text("no image")
-    assert predict("odd", out="again").status == 1
-    assert [row["verdict"] == "unreadable" for row in read("again")] == [False, True, False]
+def test_a_photo_that_is_not_judged_gives_exit_status_1_and_costs_only_itself(predict):
+    Path("photos/odd.png").write_text("no image")
+    assert predict("photos/odd.png", "photos/pill/test").status == 1
+    assert [row["verdict"] == "unreadable" for row in read("new")] == [True] + [False] * 4
 
 
 @pytest.mark.parametrize(
