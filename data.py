@@ -21,12 +21,13 @@ import os
 import platform
 import shutil
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +35,17 @@ import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image, ImageOps
+from huggingface_hub.utils import get_session
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torchvision import datasets
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, which no pixel depends on
+Image.MAX_IMAGE_PIXELS = None  # opened() has bounds of its own
+PngImagePlugin.MAX_TEXT_CHUNK = 2**30  # nor on a photo's notes
+PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 FORMATS = ["BMP", "JPEG", "PNG", "TIFF", "WEBP"]
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -90,8 +96,7 @@ def mvtec(root, cls, good="good", by_domain=False):
     samples = []
     for path in list_files(root / cls):  # sorted: ground_truth comes before test
         split, *folders = path.relative_to(root / cls).parts
-        key = "/".join([*folders[:-1], path.stem])
-        key = unicodedata.normalize("NFC", key)  # macOS writes an umlaut as two characters
+        key = composed("/".join([*folders[:-1], path.stem]))
         if path.suffix.lower() not in SUFFIXES:
             continue
         if split == "ground_truth":
@@ -101,8 +106,8 @@ def mvtec(root, cls, good="good", by_domain=False):
 
         kind, *below = folders[:-1]
         label = int(kind != good)
-        if label and kind.lower() == good:
-            raise DataError(f"{path.parent}: rename it to {good}")
+        if label and kind.lower() in ("good", "ok", "normal"):
+            raise DataError(f"{root / cls / split / kind}: rename it to {good}")
         if split == "train" and label:
             continue
         row = below[0] if by_domain else cls
@@ -111,6 +116,11 @@ def mvtec(root, cls, good="good", by_domain=False):
             mask = masks.get(f"{key}_mask", masks.get(key))
         samples.append((split, Sample(str(path), label, cls, row, mask)))
     return samples
+
+
+def composed(name):
+    """In one form of Unicode: macOS writes an umlaut as two characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def mvtec_classes(root):
@@ -155,11 +165,16 @@ def cifar10(root, cls, normals):
     label = int(str(digit) not in normals)
     samples = []
     for split in ["train", "test"][label:]:
-        part = datasets.CIFAR10(root, train=split == "train")  # checks each file's MD5
+        part = cifar10_part(root, split == "train")
         for i in np.flatnonzero(np.equal(part.targets, digit)):
             sample = Sample(f"cifar10/{split}/{i}", label, cls, normals, pixels=part.data[i])
             samples.append((split, sample))
     return samples
+
+
+@cache
+def cifar10_part(root, train):
+    return datasets.CIFAR10(root, train)  # checks each file's MD5
 
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -217,6 +232,8 @@ class Set(NamedTuple):
     counts: tuple | None = None  # of a full copy: train, good, defective
     classes: Callable = mvtec_classes  # root -> names
     optional: str = ""  # "masks": a defective image may have none; "train": a class may only test
+    inside: str = ""  # a folder that may lie between the root and the classes
+    normals: bool = False  # its layout takes the digits of --normals; not joined with others
 
 
 SETS = {
@@ -224,7 +241,12 @@ SETS = {
         mvtec, "https://www.mvtec.com/company/research/datasets/mvtec-ad", (3629, 467, 1258)
     ),
     "visa": Set(
-        visa, "https://github.com/amazon-science/spot-diff", (8659, 962, 1200), visa_classes
+        visa,
+        "https://amazon-visual-anomaly.s3.us-west-2.amazonaws.com/VisA_20220922.tar, then "
+        "mkdir -p ROOT && tar -x -C ROOT -f VisA_20220922.tar",
+        (8659, 962, 1200),
+        visa_classes,
+        inside="1cls",  # where it is prepared
     ),
     "btad": Set(
         partial(mvtec, good="ok"), "https://github.com/pankajmishra000/VT-ADL", (1799, 451, 290)
@@ -239,10 +261,11 @@ SETS = {
     ),
     "cifar10": Set(
         cifar10,
-        "https://www.cs.toronto.edu/~kriz/cifar.html (python version)",
+        """python -c "from torchvision.datasets import CIFAR10; CIFAR10('ROOT', download=True)\"""",
         (25000, 5000, 5000),
         lambda root: CIFAR10,
         "masks train",
+        normals=True,
     ),
     "folder": Set(
         mvtec, "ROOT/CLASS/{train/good,test/good,test/DEFECT,ground_truth/DEFECT}", optional="masks"
@@ -255,33 +278,33 @@ def load(names, root=None, classes=None, normals="01234", training=True):
     """Lists a set, or several joined by "+", whose classes are then "set/class".
 
     root: where the set lies, default data/NAME; of joined sets what holds a folder per set, default
-    data. classes: a subset. normals: the digits of CIFAR-10's five normal classes. training=False: a
-    class without training images is no error.
+    data. classes: a subset. normals: the digits of CIFAR-10's five normal classes. training=False:
+    a class may have test images only.
     Returns the names of the classes that train, and the training and the test samples.
     Logs a line per class and warnings. Raises DataError.
     """
-    joined = "+" in names
+    parts = names.split("+")
+    joined = len(parts) > 1
+    for name in parts:
+        if name not in SETS or parts.count(name) > 1 or (joined and SETS[name].normals):
+            raise DataError(f"--data {names}: expected one of {', '.join(SETS)}, or several with +")
+    classes = [composed(cls) for cls in classes or []]
     known = []
     pairs = []
-    for name in names.split("+"):
-        if name not in SETS or (joined and (name == "cifar10" or names.count(name) > 1)):
-            raise DataError(f"--data {names}: expected one of {', '.join(SETS)}, or several with +")
+    for name in parts:
         folder = Path(root or "data", "" if root and not joined else name)
+        prefix = f"{name}/" * joined
         kind = SETS[name]
-        if name == "cifar10":
-            kind = kind._replace(layout=partial(cifar10, normals=normals))
-        if (folder / "1cls").is_dir():  # of a prepared VisA
-            folder = folder / "1cls"
-        prefix = f"{name}/" if joined else ""
         try:
-            found, listed = list_set(folder, kind, prefix, classes, training)
+            found, listed = list_set(folder, kind, prefix, classes, normals, training)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".removeprefix("DataError: ")
-            raise DataError(f"{folder}: {reason} (--root; see {kind.source})") from None
+            source = kind.source.replace("ROOT", str(folder))
+            raise DataError(f"{folder}: {reason} (--root; see {source})") from None
         known += found
         pairs += listed
 
-    for cls in classes or []:
+    for cls in classes:
         if cls not in known:
             raise DataError(f"--classes {cls}: no such class; known: {', '.join(known)}")
     train = [sample for split, sample in pairs if split == "train"]
@@ -289,43 +312,75 @@ def load(names, root=None, classes=None, normals="01234", training=True):
     return list(dict.fromkeys(sample.cls for sample in train)), train, test
 
 
-def list_set(root, kind, prefix, classes, training):
+def list_set(root, kind, prefix, classes, normals, training):
     """The names of all classes of a set, and (split, sample) of those asked for."""
-    known = kind.classes(root)
-    if not known:
-        raise DataError("no class in it: looked for CLASS/train/good and CLASS/test")
+    if kind.normals:
+        kind = kind._replace(layout=partial(kind.layout, normals=normals))
+    if (root / kind.inside).is_dir():
+        root = root / kind.inside
+    folders = kind.classes(root)
+    if not folders:
+        raise DataError(f"no class in it, CLASS/train/good; {found_instead(root)}")
+    known = [composed(prefix + folder) for folder in folders]
     pairs = []
-    for name in known:
-        if not classes or prefix + name in classes:
-            pairs += list_class(root, name, kind, prefix, training)
+    for cls, folder in zip(known, folders, strict=True):
+        if len(os.fsencode(cls)) > 200 or known.count(cls) > 1:
+            raise DataError(f"{cls}: a name of over 200 bytes, or of two folders; rename it")
+        if not classes or cls in classes:
+            pairs += list_class(root, folder, kind, prefix, training)
 
     have = count(pairs)
     if kind.counts and not classes and have != kind.counts:
         log.warning(f"warning: {root}: {have} train, good, defective; a full copy {kind.counts}")
-    return [prefix + name for name in known], pairs
+    return known, pairs
 
 
-def list_class(root, name, kind, prefix, training):
+def list_class(root, folder, kind, prefix, training):
     """Its (split, sample). Logs how many there are, and warns of files that are not used."""
-    cls = prefix + name
+    cls = composed(prefix + folder)
     pairs = []
-    for split, sample in kind.layout(root, name):
-        pairs.append((split, sample._replace(cls=cls, row=prefix + sample.row)))
-    masks = {sample.mask for _, sample in pairs if sample.mask}
-    used = masks.union(sample.image for _, sample in pairs)
+    owners = {}  # a mask's image
+    for split, sample in kind.layout(root, folder):
+        row = composed(prefix + sample.row)
+        pairs.append((split, sample._replace(cls=cls, row=row)))
+        if row == "mean":
+            raise DataError("a class or domain named mean: rename it, the table has such a row")
+        if sample.mask:
+            owner = owners.setdefault(sample.mask, sample.image)
+            if owner != sample.image:
+                raise DataError(f"{sample.mask}: a mask of {owner} and {sample.image}; rename one")
+    used = owners.keys() | {sample.image for _, sample in pairs}
 
     train, good, defective = count(pairs)
-    log.info(f"{cls}: {train} train, {good} good, {defective} defective, {len(masks)} masks")
-    warn_unused([path for path in map(str, list_files(root / name)) if path not in used])
+    log.info(f"{cls}: {train} train, {good} good, {defective} defective, {len(owners)} masks")
+    for path in used:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise DataError(f"{path}: a broken link to {os.readlink(path)}")
+    warn_unused([path for path in map(str, list_files(root / folder)) if path not in used])
     if not good + defective:
         log.warning(f"warning: {cls}: no test images, so no row in the table")
 
     if training and not train and "train" not in kind.optional:
-        raise DataError(f"no training images of {cls}: looked for {cls}/train/good")
+        seen = found_instead(root / folder, cls=root / folder)
+        raise DataError(f"no training images of {cls}, {cls}/train/good; {seen}")
     bare = [sample.image for _, sample in pairs if sample.label and not sample.mask]
     if bare and "masks" not in kind.optional:
         raise DataError(f"no mask of {counted(bare)}: looked for ground_truth/../STEM[_mask].*")
     return pairs
+
+
+def found_instead(root, cls=None):
+    """What lies below a root, or a class's folder, where no training images were found."""
+    root = Path(os.path.abspath(root))
+    paths = (path for depth in range(5) for path in sorted(root.glob("[!.]*/" * depth + "[!.]*")))
+    image = next((path for path in paths if path.suffix.lower() in SUFFIXES), None)
+    if not image:
+        return "there is no image"
+    if not cls and image.parents[1].name in ("train", "test", "ground_truth"):
+        return f"for {image} it is --root {image.parents[3]}"
+    if not cls:
+        cls = root / ("CLASS" if image.parent == root else image.relative_to(root).parts[0])
+    return f"there is {image}; put the good ones into {cls}/train/good"
 
 
 def count(pairs):
@@ -371,11 +426,25 @@ def hold_out(samples, share):
     held = np.zeros(len(samples), bool)
     for cls in {sample.cls for sample in samples}:
         mine = np.flatnonzero([sample.cls == cls for sample in samples])
-        count = max(round(share * len(mine)), int(share > 0))
-        count = min(count, len(mine) - 1)
+        count = min(max(round(share * len(mine)), share > 0), len(mine) - 1)
         even = np.linspace(0, len(mine), count, endpoint=False, dtype=int)
         held[mine[even]] = True
     return held
+
+
+def calibration_images(samples, held):
+    """Indices: of each class its held-out images, or else those that trained; of many an even
+    choice, a thousand in all or a hundred of each class."""
+    classes = dict.fromkeys(sample.cls for sample in samples)
+    each = max(100, 1000 // len(classes))
+    chosen = []
+    for cls in classes:
+        mine = np.flatnonzero([sample.cls == cls for sample in samples])
+        if held[mine].any():
+            mine = mine[held[mine]]
+        even = np.linspace(0, len(mine), min(each, len(mine)), endpoint=False, dtype=int)
+        chosen.extend(mine[even])
+    return np.array(chosen)
 
 
 def digest(samples):
@@ -388,10 +457,17 @@ def digest(samples):
 # ------------------------------------------------------------------------ reading images and masks
 
 
+LARGE = 16e6  # pixels of a JPEG that is decoded at a fraction, each side of 2000 at least
+MOST = 200e6  # pixels that are decoded
+
+
 @contextlib.contextmanager
 def opened(path):
     """An image file of 8 bits a channel and one frame, not decoded yet. DataError: any other."""
-    with explain(f"cannot read image {path}", DataError), Image.open(path, formats=FORMATS) as image:
+    with (
+        explain(f"cannot read image {path}", DataError),
+        Image.open(path, formats=FORMATS) as image,
+    ):
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # a phone's, whose first frame is the photo
             raise ValueError(f"{frames} frames; save the one to use as 8 bit RGB")
@@ -402,41 +478,72 @@ def opened(path):
             deep = max(image.tag_v2.get(258, [8])) > 8
         if deep:
             raise ValueError("more than 8 bits a channel; save it as 8 bit RGB")
+
+        if image.width * image.height > LARGE:
+            image.draft(None, (2000, 2000))  # does nothing to other formats
+        pixels = image.width * image.height
+        if pixels > MOST:
+            raise ValueError(f"{pixels / 1e6:.0f} megapixels; save it smaller, or as JPEG")
         yield image
 
 
 def read_image(path):
     """A file as an upright RGB image, alpha dropped; whether it has transparent pixels."""
-    with opened(path) as file:
-        image = ImageOps.exif_transpose(file)
+    with opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         transparent = False
         if image.has_transparency_data:
-            transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-        return image.convert("RGB"), transparent
+            image = image.convert("RGBA")
+            transparent = image.getchannel("A").getextrema()[0] < 255
+        if image.mode != "RGB":  # else it would be a copy
+            image = image.convert("RGB")
+        return image, transparent
 
 
 def read_mask(sample):
     """bool H x W of a defective sample, at the mask's own size; whether it has many grey values.
 
-    A label map is defect wherever it is not 0; a mask of many greys was smoothed or a JPEG: from
-    half of its maximum on. DataError: its aspect is not the image's.
+    A label map is defect wherever it is not 0; a JPEG, and a mask of many greys as it was smoothed,
+    from half of its maximum on. DataError: its aspect is not the image's, it is defect everywhere,
+    or a JPEG of a label map.
     """
     if sample.defect is not None:
         return sample.defect, False
     with opened(sample.image) as file:
-        width, height = ImageOps.exif_transpose(file).size
+        width, height = file.size
+        if file.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # it lies on its side
+            width, height = height, width
     with opened(sample.mask) as file:
-        image = ImageOps.exif_transpose(file)
-        values = np.asarray(image.convert("RGB")).max(-1)
+        values = mask_values(ImageOps.exif_transpose(file))
+        jpeg = file.format == "JPEG"
     h, w = values.shape
-    if abs(width * h - height * w) > max(width, height):  # more than a pixel of rounding
+    if abs(width * h - height * w) > max(width, height, w, h):  # more than a pixel of rounding
         raise DataError(f"{sample.mask}: a mask of {w} x {h} for an image of {width} x {height}")
 
     mask = values > 0
-    many_greys = len(np.unique(values[mask])) > 8 and values.max() >= 128
+    most = values.max()
+    if jpeg and 0 < most < 128:
+        raise DataError(f"{sample.mask}: JPEG does not keep small class numbers; save it as PNG")
+    many_greys = most >= 128 and (jpeg or len(np.unique(values[mask])) > 8)
     if many_greys:
-        mask = values >= values.max() / 2
+        mask = values >= most / 2
+    if mask.all():
+        raise DataError(f"{sample.mask}: all of the image is defect; mark the defect only")
     return mask, many_greys
+
+
+def mask_values(image):
+    """uint8 H x W of a mask: class numbers or greys, 0 where it is background."""
+    if image.mode == "P":  # class numbers, whatever their colours
+        return np.asarray(image)
+    pixels = np.asarray(image.convert("RGBA"))
+    values = pixels[..., :3].max(-1)
+    alpha = pixels[..., 3]
+    if alpha.min() < alpha.max():  # a layer: what is transparent is background
+        values = np.where(alpha > 0, values, 0)
+        if not values.any():
+            values = alpha
+    return values
 
 
 # ---------------------------------------------------------------- decoding, and the cache of images
@@ -444,14 +551,41 @@ def read_mask(sample):
 
 def resized(image, size, crop, method):
     """A PIL image resized to size x size, then its centre crop x crop, as an array."""
-    return np.asarray(center_crop(image.resize((size, size), method), crop or size))
+    across = image.resize((size, image.height), method)  # first, in any version of Pillow
+    return np.asarray(center_crop(across.resize((size, size), method), crop or size))
+
+
+def resized_tensor(photo, size, crop=None):
+    """The same of uint8 B x 3 x H x W, any H and W, as an exported program does it -> 0..1.
+
+    Pillow's filter to the last bit: a triangle whose weights have 22 bits, first along the rows,
+    then along the columns, each rounded to whole numbers.
+    """
+
+    def weights(n):  # size x n
+        scale = torch.full((), n, dtype=torch.float64, device=photo.device) / size
+        to = torch.arange(size, dtype=torch.float64, device=photo.device).view(-1, 1)
+        source = torch.arange(n, dtype=torch.float64, device=photo.device)
+        distance = (source + 0.5 - (to + 0.5) * scale) / scale.clamp_min(1)
+        w = (1 - distance.abs()).clamp_min(0)
+        w = w / w.sum(1, keepdim=True)
+        return (w * 2**22 + 0.5).floor() / 2**22
+
+    x = (photo.double() @ weights(photo.shape[3]).mT + 0.5).floor()  # B x 3 x H x size
+    x = (weights(photo.shape[2]) @ x + 0.5).floor()  # B x 3 x size x size
+    return center_crop(x.float() / 255, crop or size)
 
 
 def in_threads(function, items, name):
     """Results of function(item) in order, beside a progress bar."""
+    starts = range(0, len(items), AHEAD)
     with ThreadPoolExecutor() as pool:
-        results = pool.map(function, items)
+        parts = (pool.map(function, items[i : i + AHEAD]) for i in starts)
+        results = (result for part in parts for result in part)
         yield from tqdm(results, name, len(items), leave=False, disable=None)
+
+
+AHEAD = 256  # results that a slow disk may keep in memory
 
 
 def decode(samples, size, crop=None, cache="cache"):
@@ -472,12 +606,16 @@ def decode(samples, size, crop=None, cache="cache"):
 
     key = hashlib.sha256(repr([size, crop, *map(fingerprint, samples)]).encode()).hexdigest()
     path = Path(cache, f"{key[:32]}.npy")
+    remove_leftovers(cache)
     if not path.exists():
         os.makedirs(cache, exist_ok=True)
-        with written(path) as temporary:
-            table = np.lib.format.open_memmap(temporary, "w+", record, (len(samples),))
-            for i, pixels in enumerate(in_threads(decode_one, samples, "images")):
-                table[i] = pixels
+        total = record.itemsize * len(samples)
+        header = {"descr": record.descr, "fortran_order": False, "shape": (len(samples),)}
+        # Not by a memory map: where the disk is full, that is killed without a word.
+        with written(path, total) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for pixels, transparent in in_threads(decode_one, samples, "images"):
+                file.write(pixels.tobytes() + bytes([transparent]))
     with explain(f"{path}: damaged, delete it"):
         table = np.load(path, mmap_mode="r")
 
@@ -490,7 +628,7 @@ def decode(samples, size, crop=None, cache="cache"):
 def fingerprint(sample):
     """What changes when an image does."""
     if sample.pixels is not None:
-        return hashlib.sha256(sample.pixels).hexdigest()
+        return hashlib.sha256(sample.pixels.tobytes()).hexdigest()
     found = os.stat(sample.image)
     return sample.image, found.st_size, found.st_mtime_ns
 
@@ -578,7 +716,6 @@ def written(path, size=0):
     size: how many bytes it takes, if that is known. UserError: no space for it, or another reason.
     """
     path = Path(path)
-    remove_leftovers(path.parent)
     temporary = path.with_name(f".{HOST}-{os.getpid()}-{path.name}")
     free = shutil.disk_usage(path.parent).free
     space = f" of {size / 1e6:.1f} MB, {free / 1e6:.1f} MB free" if size else ""
@@ -592,7 +729,7 @@ def written(path, size=0):
         temporary.unlink(missing_ok=True)
 
 
-HOST = platform.node()
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # short, as file systems take 255 bytes
 
 
 def remove_leftovers(folder):
@@ -609,6 +746,8 @@ def remove_leftovers(folder):
 
 def save_tensors(path, state):
     """torch.save by a temporary name. UserError: a full disk, or another reason."""
+    path = Path(path)
+    remove_leftovers(path.parent)
     content = io.BytesIO()  # torch's own file writer does not tell a full disk
     torch.save(state, content)
     with written(path, content.getbuffer().nbytes) as temporary:
@@ -625,7 +764,7 @@ def download(repo, file):
         return cached
     url = huggingface_hub.hf_hub_url(repo, file)
     with explain(f"cannot download {file} of {repo}, so pass it as --weights FILE"):
-        huggingface_hub.get_hf_file_metadata(url, timeout=5)  # the next line retries for 23 s
+        get_session().head(url, timeout=5)  # without a network the next line retries for 23 s
         return huggingface_hub.hf_hub_download(repo, file)
 
 

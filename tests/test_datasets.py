@@ -1,10 +1,9 @@
 """Which images train and test, their labels, classes and masks, and what is told about the rest."""
 
+import pickle
 import re
 import unicodedata
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,10 +78,10 @@ def test_the_layout_of_a_set(tmp_path, caplog, name):
 
 
 VISA = """\ufeffobject,split,label,image,mask\r
-pcb1,train,normal,pcb1/Data/Images/Normal/0.JPG,\r
-pcb1,test,normal,pcb1/Data/Images/Normal/1.JPG,\r
-pcb2,train,normal,pcb2/Data/Images/Normal/0.JPG,\r
-pcb1,test,anomaly,pcb1/Data/Images/Anomaly/0.JPG,pcb1/Data/Masks/Anomaly/0.png\r
+pcb1,train,normal,Normal/0.JPG,\r
+pcb1,test,normal,Normal/1.JPG,Masks/1.png\r
+pcb2,train,normal,Normal/2.JPG,\r
+pcb1,test,anomaly,Anomaly/0.JPG,Masks/0.png\r
 """
 
 
@@ -90,23 +89,37 @@ def test_visas_csv_tells_split_label_and_mask_also_after_windows(tmp_path):
     touch(tmp_path, "split_csv/1cls.csv")
     (tmp_path / "split_csv/1cls.csv").write_text(VISA, newline="")
     assert listed(tmp_path, "visa") == {
-        "train pcb1 pcb1/Data/Images/Normal/0.JPG",
-        "train pcb2 pcb2/Data/Images/Normal/0.JPG",
-        "good pcb1 pcb1/Data/Images/Normal/1.JPG",
-        "defective pcb1 pcb1/Data/Images/Anomaly/0.JPG pcb1/Data/Masks/Anomaly/0.png",
+        "train pcb1 Normal/0.JPG",
+        "train pcb2 Normal/2.JPG",
+        "good pcb1 Normal/1.JPG Masks/1.png",
+        "defective pcb1 Anomaly/0.JPG Masks/0.png",
     }
     (tmp_path / "split_csv/1cls.csv").write_text(VISA.replace("anomaly", "abnormal"))
-    assert "spot-diff" in refused("visa", tmp_path)
+    assert "abnormal" in refused("visa", tmp_path)
+    (tmp_path / "split_csv/1cls.csv").write_text(VISA.replace("Masks/0.png", ""))
+    assert "no mask of" in refused("visa", tmp_path)
 
 
 @pytest.mark.parametrize("normals", ["01234", "02468"])
-def test_cifar10_trains_five_classes_and_tests_all(monkeypatch, normals):
-    part = SimpleNamespace(targets=list(range(10)) * 2, data=np.zeros((20, 32, 32, 3), np.uint8))
-    monkeypatch.setattr(data.datasets, "CIFAR10", lambda root, train: part)
-    _, train, test = data.load("cifar10", normals=normals)
-    good = {cls: str(digit) in normals for digit, cls in enumerate(data.CIFAR10)}
-    assert Counter(s.cls for s in train) == {cls: 2 for cls in good if good[cls]}
-    assert Counter((s.cls, s.label) for s in test) == {(cls, not good[cls]): 2 for cls in good}
+def test_cifar10_trains_five_classes_and_tests_all(tmp_path, monkeypatch, normals):
+    """Files as torchvision reads them, an image of each class, whose pixels tell file and class."""
+    check = "torchvision.datasets.cifar.check_integrity"
+    monkeypatch.setattr(check, lambda path, md5: Path(path).exists())
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": data.CIFAR10}))
+    for file, name in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
+        rows = np.repeat(np.arange(10, dtype=np.uint8)[:, None] + 10 * file, 3072, axis=1)
+        batch = {"data": rows, "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(batch))
+
+    classes, train, test = data.load("cifar10", tmp_path, normals=normals)
+    digits = sorted(map(int, normals))
+    pixels = data.decode(train + test, 8, cache=tmp_path).reshape(-1, 8 * 8 * 3)
+    expected = [10 * file + digit for digit in digits for file in range(1, 6)] + list(range(10))
+    np.testing.assert_array_equal(pixels, np.repeat(np.array(expected)[:, None], 192, axis=1))
+    assert classes == [data.CIFAR10[digit] for digit in digits]
+    assert [s.label for s in test] == [int(digit not in digits) for digit in range(10)]
     assert {s.row for s in train + test} == {normals}
 
 
@@ -165,18 +178,52 @@ def test_every_file_of_a_class_is_used_as_its_folders_say_or_counted(tmp_path, c
     assert 1 + int(told) == len(UNUSED.split()) - 3  # hidden files and other systems' are not
 
 
-ODD = [
-    ("folder", "pill/train/good/0.png pill/test/Good/0.png", "Good"),
-    ("folder", "pill/train/ok/0.png pill/test/good/0.png", "pill/train/good"),
-    ("folder", "", "CLASS/train/good"),
-    ("aebad", "AeBAD_S/train/good/1.png AeBAD_S/test/good/same/2.png", "AeBAD_S/train/good"),
-]
+LONG = "é" * 101  # of two bytes each
+ODD = {
+    "pill/train/good/0.png pill/test/Normal/a/0.png": "pill/test/Normal: rename it to good",
+    "pill/train/good/0.png pill/test/OK/0.png": "pill/test/OK: rename it to good",
+    "pill/train/ok/0.png pill/test/good/0.png": "pill/train/ok: rename it to good",
+    "mean/train/good/0.png": "named mean: rename it",
+    "pill/test/a/0.png pill/test/a/0.JPG pill/ground_truth/a/0.png": "ground_truth/a/0.png: a mask "
+    "of .*/test/a/0.JPG and .*/test/a/0.png",
+    f"{LONG}/train/good/0.png": "over 200 bytes",
+    "a\u0308/train/good/0.png ä/train/good/0.png": "of two folders",  # two forms of one letter
+    # Wrong first tries of a user's own photos.
+    "": "no class.*there is no image",
+    "0.JPG": "there is /.*/0.JPG; put .* into /.*/CLASS/train/good",
+    "cup/0.jpg": "cup/0.jpg; put .*/cup/train/good",
+    "cup/train/0.jpg": "no training images of cup.*cup/train/0.jpg; put .*/cup/train/good",
+    "cup/test/good/0.jpg": "no training images of cup.*cup/test/good/0.jpg; put .*/cup/train/good",
+    "photos/cup/train/good/0.jpg": "photos/cup/train/good/0.jpg .*--root /.*/photos ",
+    "test/good/0.jpg train/good/0.jpg": "test/good/0.jpg it is --root /.*/home ",
+}
 
 
-@pytest.mark.parametrize("name, files, said", ODD)
-def test_an_odd_layout_is_refused(tmp_path, name, files, said):
-    touch(tmp_path, *files.split())
-    assert said in refused(name, tmp_path)
+@pytest.mark.parametrize("files", ODD)
+def test_an_odd_layout_is_refused_with_what_is_there_and_what_to_do(tmp_path, files):
+    root = tmp_path / "home/root"
+    touch(root, ".hidden.png", *files.split())
+    assert re.search(ODD[files], refused("folder", root))
+
+
+def test_btads_good_is_ok_and_an_image_of_aebad_needs_a_domain_not_named_mean(tmp_path):
+    touch(tmp_path / "btad", "01/train/ok/0.bmp", "01/test/good/0.bmp")
+    assert "01/test/good: rename it to ok" in refused("btad", tmp_path / "btad")
+    touch(tmp_path / "aebad/AeBAD_S", "train/good/1.png", "test/good/same/2.png")
+    assert "AeBAD_S/train/good" in refused("aebad", tmp_path / "aebad")
+    touch(tmp_path / "aebad/AeBAD_S", "train/good/mean/1.png")
+    assert "named mean" in refused("aebad", tmp_path / "aebad")
+
+
+def test_to_evaluate_a_class_needs_no_training_images(tmp_path):
+    touch(tmp_path, "pill/test/good/0.png")
+    _, train, test = data.load("folder", tmp_path, training=False)
+    assert train == [] and [sample.cls for sample in test] == ["pill"]
+
+
+def test_a_broken_link_is_named_with_where_it_leads(pill):
+    (pill / "train/good/3.png").symlink_to("gone.png")
+    assert "train/good/3.png: a broken link to gone.png" in refused("folder", pill.parent)
 
 
 def test_linked_folders_are_followed_and_loops_are_not(pill):
@@ -190,11 +237,13 @@ def test_linked_folders_are_followed_and_loops_are_not(pill):
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_are_compared_in_one_normal_form_of_unicode(pill, forms):
-    image = unicodedata.normalize(forms[0], "test/Riß/größe.png")
-    mask = unicodedata.normalize(forms[1], "ground_truth/Riß/größe.png")
-    touch(pill, image, mask)
-    assert f"defective pill pill/{image} pill/{mask}" in listed(pill.parent, "folder")
+def test_names_are_compared_in_one_normal_form_of_unicode(tmp_path, forms):
+    image = unicodedata.normalize(forms[0], "Büste/test/Riß/größe.png")
+    mask = unicodedata.normalize(forms[1], "Riß/größe.png")
+    name = image.split("/")[0]
+    touch(tmp_path, image, f"{name}/train/good/0.png", f"{name}/ground_truth/{mask}")
+    lines = listed(tmp_path, "folder", unicodedata.normalize(forms[1], name))
+    assert f"defective Büste {image} {name}/ground_truth/{mask}" in lines
 
 
 # ------------------------------------------------------------------------- what is refused and told
@@ -209,11 +258,17 @@ def test_an_unknown_set_class_or_join_is_refused_with_the_known_ones(pill, name,
     assert re.search(known, refused(name, pill.parent, classes))
 
 
+SOURCES = {
+    "visa": "VisA_20220922.tar, then mkdir -p nowhere && tar -x -C nowhere -f VisA_20220922.tar",
+    "cifar10": "import CIFAR10; CIFAR10('nowhere', download=True)\"",
+}
+
+
 @pytest.mark.parametrize("name", [name for name in data.SETS if name not in ("toy", "folder")])
 def test_a_missing_root_is_named_with_where_the_set_can_be_had(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert re.search("nowhere.*https://", refused(name, "nowhere"))
-    assert re.search(f"data/{name}.*https://", refused(name, None))
+    assert SOURCES.get(name, "see https://") in refused(name, "nowhere")
+    assert f"data/{name}: " in refused(name, None)
 
 
 def test_missing_masks_are_counted(pill):
@@ -232,8 +287,10 @@ HELD_OUT = [
     ("aaaaaaaaaa", 0.2, [0, 5]),
     ("aaaaaaaaaa", 0.3, [0, 3, 6]),
     ("abbababbbb", 0.34, [0, 1, 6]),  # one of three, two of seven
+    ("aaaaaaaaaabb", 0.1, [0, 10]),
     ("aaa", 1.0, [0, 1]),
     ("a", 0.5, []),
+    ("aa", 0.0, []),
 ]
 
 

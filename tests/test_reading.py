@@ -1,16 +1,22 @@
-"""How images, masks and checkpoints are read, what is refused, and the cache of decoded images."""
+"""How images, masks and weights are read, what is refused, and the cache of decoded images."""
 
+import contextlib
+import io
 import os
 import re
-import struct
-import zlib
+import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import trees
+from hub import serve_hub  # noqa: F401
 from PIL import Image, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torchvision import transforms
 from trees import SQUARE
@@ -39,33 +45,25 @@ def refused(function, *args):
 # ------------------------------------------------------------------------------------------- images
 
 
-def save_png16(path):
-    """Pillow's grey of 16 bits, but a third as wide and RGB by its header."""
-    content = Path(trees.save(path, np.zeros((16, 48), np.uint16))).read_bytes()
-    header = b"IHDR" + struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
-    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
-
-
-def save_tiff16(path):
-    """Pillow's RGB of 8 bits, but half as high and of 16 bits by its header."""
-    content = Path(trees.save(path, np.zeros((32, 16, 3), np.uint8))).read_bytes()
-    content = content.replace(struct.pack("<HHI", 257, 4, 1) + b" ", b"\x01\x01\4\0\1\0\0\0\x10")
-    path.write_bytes(content.replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 16, 16, 16)))
-
-
 def save_frames(path, **options):
     others = [Image.fromarray(RGB)]
     Image.new("RGB", (16, 16)).save(path, save_all=True, append_images=others, **options)
 
 
+def copy(path):
+    """Of tifffile and pypng: Pillow writes no 16 bit RGB."""
+    shutil.copy(Path(__file__).with_name(path.name), path)
+
+
 REFUSED = {
-    "rgb16.png": save_png16,
-    "rgb16.tif": save_tiff16,
+    "rgb16.png": copy,
+    "rgb16.tif": copy,
     "float.tif": lambda path: trees.save(path, NOISE[..., 0].astype("f4")),
     "pages.tif": save_frames,
     "animation.png": save_frames,
     "cut.png": lambda path: path.write_bytes(Path(trees.image(path)).read_bytes()[:900]),
     "missing.png": lambda path: None,
+    "300_megapixels.png": lambda path: Image.new("1", (20000, 15000)).save(path),
 }
 
 
@@ -80,6 +78,33 @@ def test_all_but_8_bits_a_channel_and_one_frame_is_refused_by_name(tmp_path, nam
 def test_of_a_phones_photo_of_two_frames_the_first_counts(tmp_path):
     save_frames(tmp_path / "a.jpg", format="MPO")
     assert read(tmp_path / "a.jpg").max() == 0
+
+
+def test_a_jpeg_of_more_than_16_megapixels_is_decoded_at_a_fraction_of_2000_pixels(tmp_path):
+    photo = Image.linear_gradient("L").resize((4100, 4000))
+    for name in "large.jpg", "large.bmp":
+        photo.save(tmp_path / name)
+    photo.crop((0, 0, 4000, 4000)).save(tmp_path / "small.jpg")
+    fraction = read(tmp_path / "large.jpg")
+    assert fraction.shape == (2000, 2050, 3)
+    np.testing.assert_allclose(fraction[::40, ::41, 0], photo.resize((50, 50)), atol=4)
+    assert read(tmp_path / "large.bmp").shape == (4000, 4100, 3)
+    assert read(tmp_path / "small.jpg").shape == (4000, 4000, 3)
+
+
+def test_what_is_odd_but_no_pixel_is_read_without_a_warning(tmp_path):
+    notes = PngInfo()
+    notes.add_text("notes", "x" * 2_000_000, zip=True)
+    exif = Image.Exif()
+    exif[270] = "a description"
+    photo = Image.fromarray(RGB)
+    photo.save(tmp_path / "notes.png", pnginfo=notes)
+    photo.save(tmp_path / "exif.jpg", exif=exif.tobytes()[:30])
+    photo.quantize(4).save(tmp_path / "palette.png", transparency=b"\0\xff\xff\xff")
+    Image.new("L", (10000, 9000)).save(tmp_path / "90_megapixels.png")
+    code = "import sys, data; [data.read_image(path) for path in sys.argv[1:]]"
+    command = [sys.executable, "-W", "error", "-c", code, *tmp_path.iterdir()]
+    subprocess.run(command, cwd=Path(data.__file__).parent, check=True)  # pytest has filters
 
 
 def test_alpha_is_dropped_and_images_with_transparent_pixels_are_counted(tmp_path, caplog):
@@ -145,6 +170,12 @@ def values(*values):
     return np.resize(np.array(values, np.uint8), (32, 32)) * SQUARE
 
 
+def layer(inside, outside):
+    """SQUARE painted on nothing: the grey of each, opaque and transparent."""
+    grey = np.where(SQUARE, inside, outside)
+    return np.dstack([grey, grey, grey, SQUARE * 255]).astype(np.uint8)
+
+
 SMOOTH = np.asarray(Image.fromarray(SQUARE).convert("L").filter(ImageFilter.GaussianBlur(2)))
 DOT = np.arange(1024).reshape(32, 32) == 0
 SMALL = SMOOTH // 4 * 3  # its maximum is less than 255
@@ -152,6 +183,10 @@ MASKS = {  # the mask, what of it is defect, what is said of it at 10 pixels
     "many class ids": (values(*range(1, 13)), SQUARE, None),
     "five greys": (values(51, 102, 153, 204, 255), SQUARE, None),
     "one channel": (np.dstack([values(i) for i in (0, 0, 1)]), SQUARE, None),
+    "black layer": (layer(0, 0), SQUARE, None),
+    "black layer, of white": (layer(0, 255), SQUARE, None),
+    "white layer": (layer(255, 255), SQUARE, None),
+    "all transparent": (np.dstack([values(9)] * 3 + [0 * values(9)]), SQUARE, None),
     "many greys": (SMALL, SMALL >= SMALL.max() / 2, "note"),
     "inverted": (~SQUARE, ~SQUARE, "warning"),
     "inverted, of many greys": (255 - SMOOTH, 255 - SMOOTH >= 127.5, "warning"),
@@ -170,17 +205,34 @@ def test_any_value_is_defect_and_odd_masks_are_named(tmp_path, caplog, kind):
     assert re.search(f"{said}: .*/0.png and 1 more" if said else "^$", caplog.text)
 
 
+JPEG = io.BytesIO()
+Image.fromarray(SQUARE * np.uint8(255)).save(JPEG, "JPEG")
+PALETTE = Image.fromarray(values(1, 2))
+PALETTE.putpalette([255, 255, 255, 0, 0, 0, 200, 0, 0])  # its background is white
+
+
+def test_a_palettes_numbers_are_classes_a_jpegs_are_not(tmp_path):
+    photo = trees.image(tmp_path / "photo.png")
+    (tmp_path / "jpeg.png").write_bytes(JPEG.getvalue())
+    PALETTE.save(tmp_path / "palette.png")
+    for name in "jpeg.png", "palette.png":
+        np.testing.assert_array_equal(data.read_mask(sample(photo, tmp_path / name))[0], SQUARE)
+    classes = trees.save(tmp_path / "classes.jpg", values(1, 2, 3), quality=95)
+    assert re.search("classes.jpg: .* as PNG", refused(data.read_mask, sample(photo, classes)))
+
+
 FITS = [(24, 40), (48, 80), (11, 19)]  # the last but for rounding
 
 
 @pytest.mark.parametrize("shape", [*FITS, (40, 24), (48, 40), (24, 37)])
-def test_a_turned_mask_or_one_of_another_aspect_is_refused(tmp_path, shape):
+def test_a_turned_mask_or_one_of_another_aspect_is_refused_as_is_one_of_all_pixels(tmp_path, shape):
     photo = trees.save(tmp_path / "photo.png", WIDE)
-    found = sample(photo, trees.save(tmp_path / "mask.png", np.ones(shape, bool)))
-    if shape in FITS:
-        assert data.read_mask(found)[0].shape == shape
-    else:
-        assert "mask.png" in refused(data.read_mask, found)
+    for mask in np.eye(*shape) > 0, np.ones(shape, bool):
+        found = sample(photo, trees.save(tmp_path / "mask.png", mask))
+        if shape in FITS and not mask.all():
+            assert data.read_mask(found)[0].shape == shape
+        else:
+            assert "mask.png" in refused(data.read_mask, found)
 
 
 # --------------------------------------------------------------------------------- cache and copies
@@ -208,7 +260,7 @@ def test_after_any_change_the_images_are_decoded_anew(tmp_path, photos, change):
         os.utime(photos[1].image, (1, 1))
     if change == "order":
         photos.reverse()
-    size, crop = {"resolution": (18, None), "crop": (16, 12)}.get(change, (16, None))
+    size, crop = {"resolution": (18, None), "crop": (20, 16)}.get(change, (16, None))
     expected = data.decode(photos, size, crop, tmp_path / "other")
     np.testing.assert_array_equal(data.decode(photos, size, crop, tmp_path / "c"), expected)
 
@@ -217,6 +269,43 @@ def test_a_damaged_image_is_named_and_leaves_no_half_written_cache(tmp_path, pho
     Path(photos[1].image).write_bytes(b"")
     assert photos[1].image in refused(data.decode, photos, 16, None, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_few_images_are_read_ahead_of_a_slow_disk():
+    seen = []
+    results = data.in_threads(seen.append, range(10_000), "")
+    next(results)
+    results.close()
+    assert len(seen) <= data.AHEAD
+
+
+def test_a_full_disk_is_told_with_the_space_and_nothing_is_left_there(tmp_path, photos):
+    (tmp_path / "c").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        said = refused(data.decode, photos, 32, None, tmp_path / "c")
+        said += refused(data.save_tensors, tmp_path / "c/a.pt", {"x": torch.ones(10**5)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search("npy of 0.0 MB, .* MB free.*c/a.pt of 0.4 MB, .* MB free", said)
+    with pytest.raises(data.UserError, match="all of 1000000000000.0 MB, .* MB free: .*No space"):
+        with data.written(tmp_path / "c/all", 10**18):
+            pytest.fail("it is begun though it cannot fit")
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_leftovers_of_killed_processes_of_this_host_go_at_the_next_start(tmp_path, photos):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for start in lambda: data.save_tensors("b.pt", {}), lambda: data.decode(photos, 16, None, "."):
+        with contextlib.chdir(tmp_path), data.written("a") as own:
+            killed = own.name.replace(str(os.getpid()), str(ended.pid))
+            others = own.name, killed.replace(data.HOST, "host"), f".{data.HOST}-notes-a"
+            for name in killed, *others:
+                Path(name).touch()
+            start()
+            assert all(map(os.path.exists, others)) and not os.path.exists(killed)
 
 
 @pytest.mark.parametrize("split", [2, 1])
@@ -229,7 +318,7 @@ def test_copies_in_train_and_test_or_twice_in_test_are_named_both(tmp_path, phot
     assert re.search("warning.*copy.bmp.*/1.bmp", caplog.text)
 
 
-# -------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------ weights
 
 
 def network():
@@ -240,7 +329,8 @@ def network():
 def test_weights_are_found_by_name_in_any_order_below_model_and_in_timms_spelling(tmp_path):
     theirs, ours = network().state_dict(), network()
     renamed = {key.replace("stages.0", "stages_0"): x for key, x in reversed(theirs.items())}
-    torch.save({"model": renamed | {"head.weight": torch.ones(2)}, "epoch": 3}, tmp_path / "a.pt")
+    state = {"model": renamed | {"head.weight": torch.ones(2)}, "epoch": 3}
+    data.save_tensors(tmp_path / "a.pt", state)
     data.load_weights(ours, tmp_path / "a.pt")
     assert torch.equal(ours["stem"].weight, theirs["stem.weight"])
 
@@ -292,3 +382,33 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
     torch.save({"w": Danger()}, tmp_path / "a.pt")
     refused(data.read_tensors, tmp_path / "a.pt")
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_file_of_the_hub_is_downloaded_once(hub):
+    hub.files["owner/repository/a.pth"] = b"weights"
+    path = Path(data.download("owner/repository", "a.pth"))
+    assert path.read_bytes() == b"weights"
+    hub.files.clear()
+    assert data.download("owner/repository", "a.pth") == str(path)
+
+
+@pytest.mark.parametrize("what", ["absent", "cut short", "no network", "offline"])
+def test_what_cannot_be_downloaded_is_named_with_the_reason_at_once(hub, monkeypatch, what):
+    if what != "absent":
+        hub.files["owner/repository/a.pth"] = b"weights"
+    if what == "cut short":
+        hub.sent["owner/repository/a.pth"] = b"we"
+    if what == "no network":
+        hub.shutdown()
+        hub.server_close()
+    if what == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    reasons = {
+        "absent": "404",
+        "cut short": "size 7 ",
+        "no network": "refused",
+        "offline": "OFFLINE",
+    }
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    said = refused(data.download, "owner/repository", "a.pth")
+    assert re.search(f"a.pth of owner/repository, .*--weights FILE.*{reasons[what]}", said)
