@@ -34,6 +34,7 @@ from typing import NamedTuple
 import huggingface_hub
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 from huggingface_hub.utils import get_session
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
@@ -766,6 +767,14 @@ def download(repo, file):
     with explain(f"cannot download {file} of {repo}, so pass it as --weights FILE"):
         get_session().head(url, timeout=5)  # without a network the next line retries for 23 s
         return huggingface_hub.hf_hub_download(repo, file)
+
+
+def timm_weights(name):
+    """The path of a timm network's own weights, downloaded. UserError: as download, or none."""
+    source = timm.get_pretrained_cfg(name)
+    if not (source and source.hf_hub_id):
+        raise UserError(f"--backbone {name}: no weights to download; pass --weights FILE, or none")
+    return download(source.hf_hub_id, source.hf_hub_filename or "model.safetensors")
 
 
 def read_tensors(path):

@@ -45,7 +45,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +54,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from scipy import ndimage
 from timm.layers import LayerNorm2d, SEModule
 from torch import nn
@@ -102,7 +100,6 @@ ACTIONS = {
     "quantile": (0.99, "of normal images' scores: the limit of --predict"),
     "export": (None, "with --eval: write a torch.export program, FILE.pt2"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "or cuda:N, mps"),
-    "bench": (False, "speed and cost, no data needed"),
 }
 
 # Feature-rich sets take adc (MiniMaxAD-fr), the others global (MiniMaxAD-fp). Unified models have
@@ -362,15 +359,7 @@ class TimmEncoder(nn.Module):
             with torch.device("meta"):
                 info = timm.create_model(name, features_only=True).feature_info
             index = [i for i, stride in enumerate(info.reduction()) if stride in (4, 8, 16)]
-            options = {"features_only": True, "out_indices": index}
-            if weights is None:
-                source = timm.get_pretrained_cfg(name)
-                if not source.hf_hub_id:
-                    raise data.UserError(f"--backbone {name}: timm has no weights; --weights FILE")
-                file = source.hf_hub_filename or "model.safetensors"
-                overlay = {"file": data.download(source.hf_hub_id, file)}
-                options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
-            self.net = timm.create_model(name, **options).eval()
+            self.net = timm.create_model(name, features_only=True, out_indices=index).eval()
             maps = self.net(torch.zeros(1, 3, 64, 64))
 
         info = self.net.feature_info
@@ -380,7 +369,9 @@ class TimmEncoder(nn.Module):
         self.kernels = UNIREPLKNET["unireplknet_n"][1:]
         if [x.shape[1] for x in maps] != self.channels:
             raise data.UserError(f"--backbone {name}: its maps are not B x C x H x W")
-        if weights not in (None, "none"):
+        if weights is None:
+            weights = data.timm_weights(name)
+        if weights != "none":
             data.load_weights(self.net, weights)
 
     def forward(self, x):
@@ -652,9 +643,7 @@ def infer(detector, images, device):
     B = 4 if device.type == "cpu" else 32
     for i in range(0, len(images), B):
         image = torch.tensor(images[i : i + B]).to(device)
-        image = (
-            image.permute(0, 3, 1, 2).float() / 255
-        )  # B x size x size x 3 -> B x 3 x size x size
+        image = image.permute(0, 3, 1, 2).float() / 255  # B x 3 x size x size
         outputs.append([x.cpu().numpy() for x in detector(image)])
     return [np.concatenate(x) for x in zip(*outputs, strict=True)]
 
@@ -766,9 +755,12 @@ def last_batch(maps, S, args):
     )
 
 
+# ------------------------------------------------------------------------------- a model's training
+
+
 def fit(model, state, args, samples, images, device):
     """Train on the samples of the state's classes, uint8 images N x size x size x 3; then find what
-    --predict needs. Leaves checkpoints in args.out."""
+    a threshold needs. Leaves checkpoints in args.out."""
     index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
     held = data.hold_out([samples[i] for i in index], args.holdout)
     trained = index[~held]
@@ -782,94 +774,13 @@ def fit(model, state, args, samples, images, device):
         pixels = pixels.to(device)
     train(model, pixels, state, args, device)
 
-    chosen = calibration_images([samples[i] for i in index], held)
+    chosen = data.calibration_images([samples[i] for i in index], held)
     normal = [samples[i] for i in index[chosen]]
     detector = Detector(model, args.crop or args.size, args.score)
     S, scores = infer(detector, images[index[chosen]], device)
     state["calibration"] = metrics.calibrate(S, scores, normal, held[chosen])
     state["trained"] = True
     save(args, state, model, None)
-
-
-def calibration_images(samples, held):
-    """Indices: of each class its held-out images, or else those that trained; of many an even
-    choice, a thousand in all or a hundred of each class."""
-    classes = dict.fromkeys(sample.cls for sample in samples)
-    each = max(100, 1000 // len(classes))
-    chosen = []
-    for cls in classes:
-        mine = np.flatnonzero([sample.cls == cls for sample in samples])
-        if held[mine].any():
-            mine = mine[held[mine]]
-        even = np.linspace(0, len(mine), min(each, len(mine)), endpoint=False, dtype=int)
-        chosen.extend(mine[even])
-    return np.array(chosen)
-
-
-# ------------------------------------------------------------------------- evaluation, and the run
-
-
-def evaluate(model, state, args, samples, images, masks, device):
-    """{row: metrics} of the test images of the model's classes, one row of the table at a time."""
-    rows = {}
-    for i, sample in enumerate(samples):
-        if args.data == "cifar10" or sample.cls in state["classes"]:
-            rows.setdefault(sample.row, []).append(i)
-
-    detector = Detector(model, args.crop or args.size, args.score)
-    results = {}
-    for row, index in rows.items():
-        mine = [samples[i] for i in index]
-        pixels = images[index]
-        S, scores = infer(detector, pixels, device)
-        results[row] = metrics.evaluate(mine, scores, S, masks[index])
-        if args.save_maps:
-            folder = Path(args.out, "maps", row)
-            metrics.save_maps(folder, pixels, mine, scores, S, masks[index], state["calibration"])
-    return results
-
-
-def run(args, states, device):
-    """Train a model for all classes or one for each, or take those of --eval; then the table."""
-    open_folder(args)
-    if device.type == "cuda":
-        log.info(f"{torch.cuda.get_device_name(device)}, matrix products in TF32")
-    classes, train_samples, test = data.load(args.data, args.root, args.classes, args.normals)
-    masks = data.decode_masks(test, args.size, args.crop)
-    test_images = data.decode(test, args.size, args.crop)
-    images = None
-    if not args.eval:
-        if args.weights == "none":
-            log.info("warning: the encoder is untrained: good to see the code run, not for results")
-        if (args.data, args.unified) not in TABLES:
-            log.info(
-                f"note: this setting of {args.data} is not in the paper; some settings are ours"
-            )
-        images = data.decode(train_samples, args.size, args.crop)
-        data.warn_of_copies(train_samples, images, test, test_images)
-        groups = [classes] if args.unified else [[cls] for cls in classes]
-        started = {state["name"]: state for state in states}
-        states = [new_state(args, group) for group in groups]
-        states = [started.get(state["name"], state) for state in states]
-
-    torch.manual_seed(0)  # an untrained encoder is the same for all seeds and processes
-    encoder = load_encoder(args.backbone, "none" if args.eval else args.weights)
-    results = {}
-    for state in states:
-        torch.manual_seed(args.seed)
-        model = make_model(args, state, encoder).to(device)
-        if not state["trained"]:
-            fit(model, state, args, train_samples, images, device)
-        if RANK == 0:
-            results |= evaluate(model, state, args, test, test_images, masks, device)
-    if args.eval and not results:
-        raise data.DataError("no test images of the classes that trained (--root, --classes)")
-    if RANK == 0:
-        paper = published(args, results)
-        log.info(metrics.table([results], paper))
-        if args.out:
-            metrics.save_result(args.out, vars(args), results, paper)
-            log.info(f"written to {args.out}")
 
 
 def new_state(args, classes):
@@ -880,19 +791,11 @@ def new_state(args, classes):
         "classes": classes,
         "digest": None,  # of the training images' names and sizes
         "epoch": 0,  # done
-        "trained": False,  # all epochs, and the calibration found
+        "trained": False,  # all epochs, and what follows them
         "model": None,  # its tensors after that epoch
         "optimizer": None,
         "calibration": None,  # what normal images look like to the trained detector
     }
-
-
-def make_model(args, state, encoder):
-    """The model that the settings name, with the state's tensors if it has any."""
-    model = MiniMaxAD(encoder, args.arch)
-    if state["model"]:
-        model.load_state_dict(state["model"])
-    return model
 
 
 def save(args, state, model, optimizer):
@@ -902,11 +805,118 @@ def save(args, state, model, optimizer):
         data.save_tensors(Path(args.out, f"{state['name']}.pt"), state)
 
 
-def read_state(path):
-    state = data.read_tensors(path)
-    if state.get("args", {}).keys() != SETTINGS.keys():
-        raise data.DataError(f"{path}: not a checkpoint of this version of minimaxad.py")
-    return state
+def make_model(args, state, encoder):
+    """The model that the settings name, with the state's tensors if it has any."""
+    model = MiniMaxAD(encoder, args.arch)
+    if state["model"]:
+        with data.explain(f"the checkpoint of {state['name']} is damaged"):
+            model.load_state_dict(state["model"])
+    return model
+
+
+# ------------------------------------------------------------------------- the run, and its table
+
+
+def run(args, states, device):
+    """Train what is asked for, a model for all classes or one for each, then test what is trained.
+
+    states: of --eval's checkpoints, or those with which --resume goes on.
+    """
+    open_folder(args)
+    if device.type == "cuda":
+        log.info(f"{torch.cuda.get_device_name(device)}, matrix products in TF32")
+    training = not args.eval
+    sets = args.data, args.root, args.classes, args.normals
+    classes, train_samples, test_samples = data.load(*sets, training)
+    masks = data.decode_masks(test_samples, args.size, args.crop)
+    test_images = data.decode(test_samples, args.size, args.crop)
+    torch.manual_seed(0)  # an untrained encoder is the same for all seeds and processes
+    weights = args.weights if training and not states else "none"
+    encoder = load_encoder(args.backbone, weights)
+    if states:  # a checkpoint holds its tensors
+        make_model(args, states[0], encoder)
+
+    if training:
+        if args.weights == "none":
+            log.info("warning: the encoder is untrained: good to see the code run, not for results")
+        if (args.data, args.unified) not in TABLES:
+            log.info(
+                f"note: this setting of {args.data} is not in the paper; some settings are ours"
+            )
+        images = data.decode(train_samples, args.size, args.crop)
+        data.warn_of_copies(train_samples, images, test_samples, test_images)
+        groups = [classes] if args.unified else [[cls] for cls in classes]
+        started = {state["name"]: state for state in states}
+        states = [new_state(args, group) for group in groups]
+        states = [started.get(state["name"], state) for state in states]
+        for state in states:
+            if not state["trained"]:
+                torch.manual_seed(args.seed)
+                model = make_model(args, state, encoder).to(device)
+                fit(model, state, args, train_samples, images, device)
+
+    results = {}
+    for state in states:
+        if RANK == 0:
+            model = make_model(args, state, encoder).to(device)
+            results |= test(model, state, args, test_samples, test_images, masks, device)
+    if RANK == 0:
+        report(args, results)
+
+
+def test(model, state, args, samples, images, masks, device):
+    """{row: metrics} of the test images of the model's classes, one row of the table at a time."""
+    detector = Detector(model, args.crop or args.size, args.score)
+    trained = {sample.row for sample in samples if sample.cls in state["classes"]}
+    results = {}
+    for row in dict.fromkeys(sample.row for sample in samples if sample.row in trained):
+        index = [i for i, sample in enumerate(samples) if sample.row == row]
+        mine = [samples[i] for i in index]
+        pixels = images[index]
+        S, scores = infer(detector, pixels, device)
+        results[row] = metrics.evaluate(mine, scores, S, masks[index])
+        if args.save_maps:
+            folder = Path(args.out, "maps", row)
+            metrics.save_maps(folder, pixels, mine, scores, S, masks[index], state["calibration"])
+    return results
+
+
+def report(args, results):
+    """The table, the paper's figures beside ours, into the log and RUN/metrics.json."""
+    if args.eval and not results:
+        raise data.DataError("no test images of the classes that trained (--root, --classes)")
+    paper = published(args, results)
+    log.info(metrics.table([results], paper))
+    if args.out:
+        metrics.save_result(args.out, vars(args), results, paper)
+        log.info(f"written to {args.out}")
+
+
+def read_states(folder, name):
+    """The checkpoint, or all of a folder, that a flag of that name gives. UserError: not of this
+    version, or models that do not belong to one table."""
+    paths = sorted(Path(folder).glob("[!.]*.pt")) or [Path(folder)]
+    states = []
+    seen = {}
+    for path in paths:
+        state = data.read_tensors(path)
+        saved = state.get("args")
+        if not isinstance(saved, dict) or saved.keys() != SETTINGS.keys():
+            raise data.UserError(f"{path}: not a checkpoint of this version of minimaxad.py")
+        states.append(state)
+        for cls in state["classes"]:
+            if cls in seen:
+                raise data.UserError(f"{name} {folder}: {path} and {seen[cls]} both have {cls}")
+            seen[cls] = path
+        first = states[0]["args"]
+        for key in SETTINGS.keys() - {"root", "classes"}:
+            if saved[key] != first[key]:
+                flag = f"--{key.replace('_', '-')}"
+                raise data.UserError(
+                    f"{name} {folder}: {flag} is {first[key]} in {paths[0]} and {saved[key]} in "
+                    f"{path}; take models of one setting"
+                )
+    return states
 
 
 def open_folder(args):
@@ -915,9 +925,11 @@ def open_folder(args):
         return
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    files = set(os.listdir(folder)) - {"log.txt", "args.json"}
+    data.remove_leftovers(folder)
+    files = {path.name for path in folder.iterdir() if data.is_shown(path)}
+    files -= {"log.txt", "args.json"}
     if files and not args.resume:
-        raise data.DataError(f"--out {folder} holds files; name a new folder, or --resume that run")
+        raise data.UserError(f"--out {folder} holds files; name a new folder, or --resume that run")
     log.parent.addHandler(logging.FileHandler(folder / "log.txt", errors="backslashreplace"))
     if not args.resume:
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -998,7 +1010,7 @@ mean  66.8  84.7
 
 def published(args, rows):
     """The paper's figures, {row: {metric: value}}, beside its model however trained; else {}."""
-    theirs = vars(get_parser().parse_args([])) | preset(args)
+    theirs = {key: default for key, (default, _) in SETTINGS.items()} | preset_of(args)
     own = ["size", "crop", "backbone", "score"]
     if args.arch == "rd":
         own.append("loss")
@@ -1020,77 +1032,67 @@ def published(args, rows):
     return result
 
 
-# ----------------------------------------------------------- a trained model's use, and benchmark
+# --------------------------------------------------------------------------- a trained model's use
+
+
+def known_class(args, state):
+    """The class that all photos are of: the user says it, or there is one; else "", unknown."""
+    known = state["classes"]
+    classes = args.classes or known
+    if args.classes and (len(classes) > 1 or classes[0] not in known):
+        raise data.UserError(f"--classes: expected one of {', '.join(known)}")
+    return classes[0] if len(classes) == 1 else ""
 
 
 def predict(args, state, model, device):
     """Score, verdict and picture of each image of --predict; True if all could be read."""
-    known = state["classes"]
-    classes = known if args.classes == state["args"]["classes"] else args.classes
-    if classes != known and (len(classes) > 1 or classes[0] not in known):
-        raise data.DataError(f"--classes: expected one of {', '.join(known)}")
-    name = classes[0] if len(classes) == 1 else ""  # a unified model does not find the class
+    name = known_class(args, state)
     detector = Detector(model, args.crop or args.size, args.score)
     paths = data.find_images(args.predict)
     open_folder(args)
+    thresholds = metrics.thresholds(state["calibration"], args.quantile, [name])
 
     def judge(pixels):
         return *infer(detector, pixels, device), [name] * len(pixels)
 
     batch_size = 4 if device.type == "cpu" else 32
-    thresholds = metrics.thresholds(state["calibration"], args.quantile, [name])
     options = state["calibration"], thresholds, args.out, batch_size, args.size, args.crop
     return metrics.predict(paths, judge, *options)
 
 
+class Program(nn.Module):
+    """What --export writes: photos as they are, uint8 B x 3 x H x W of any H and W, RGB -> map
+    S: B x size x size, score: B, threshold: B."""
+
+    def __init__(self, detector, size, crop, threshold):
+        super().__init__()
+        self.detector = detector
+        self.size = size
+        self.crop = crop
+        self.register_buffer("threshold", torch.tensor(threshold))
+
+    def forward(self, photo):
+        S, score = self.detector(data.resized_tensor(photo, self.size, self.crop))
+        return S, score, self.threshold.expand(photo.shape[0])
+
+
 def export(args, state, model):
-    """Write the network as a torch.export program, which loads without this project."""
-    side = args.crop or args.size
-    image = torch.rand(2, 3, side, side)
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    if Path(args.export).exists():
-        raise data.DataError(f"--export {args.export}: exists; name a new file")
-    detector = Detector(model, side, args.score)
-    with torch.no_grad(), data.written(args.export) as temporary:
-        program = torch.export.export(detector, (image,), dynamic_shapes=shapes)
-        torch.export.save(program, temporary)
-    log.info(f"{args.export}: RGB B x 3 x {side} x {side} in 0..1 -> map, score")
-    metrics.thresholds(state["calibration"], args.quantile, state["classes"])
-
-
-def bench(args, device):
-    """Storage (the paper: 119 MB), images per second, then the whole path of --predict."""
-    state = new_state(args, ["0"])
-    model = make_model(args, state, load_encoder(args.backbone, "none")).to(device).eval()
-    detector = Detector(model, args.crop or args.size, args.score).requires_grad_(False)
-    side = args.crop or args.size
-    log.info(f"{args.backbone}, {side} px, {device}, {torch.get_num_threads()} threads")
-    for name, network in ("trained", model), ("fused", detector):
-        size = sum(x.nbytes for x in network.state_dict().values()) / 2**20
-        log.info(f"{name}: {size:.1f} MiB (the paper: 119 MB)")
-    image = torch.rand(16, 3, side, side, device=device)
-    for B in (1, 16):
-        detector(image[:B])  # a first time for its memory and kernels
-        start = time.time()
-        S, scores = (x.cpu().numpy() for x in detector(image[:B]))
-        rate = B / (time.time() - start)
-        log.info(f"batch {B}: {rate:.1f} images/s (the paper: 40.7 at batch 1 on a GTX 1080 Ti)")
-
-    samples = [data.Sample("", 0, "0", "0")] * B
-    state["calibration"] = metrics.calibrate(S, scores, samples, np.ones(B, bool))
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(64):
-            pixels = np.random.randint(0, 256, (256, 256, 3), np.uint8)
-            Image.fromarray(pixels).resize((1024, 1024)).save(f"{folder}/{i}.jpg")
-        args.predict = [folder]
-        args.out = f"{folder}/out"
-        start = time.time()
-        predict(args, state, model, device)
-        log.info(f"--predict: {64 / (time.time() - start):.1f} images/s, from file to picture")
+    """Write a torch.export program, which needs nothing but torch."""
+    name = known_class(args, state)
+    thresholds = metrics.thresholds(state["calibration"], args.quantile, [name])
+    detector = Detector(model, args.crop or args.size, args.score)
+    program = Program(detector, args.size, args.crop, thresholds[name]).eval()
+    program.requires_grad_(False)
+    shapes = {0: "B", 2: "H", 3: "W"}
+    shapes = {axis: torch.export.Dim(axis_name, min=1) for axis, axis_name in shapes.items()}
+    photo = torch.zeros(2, 3, 300, 400, dtype=torch.uint8)
+    with data.written(args.export) as temporary:
+        exported = torch.export.export(program, (photo,), dynamic_shapes=(shapes,))
+        torch.export.save(exported, temporary)
+    log.info(f"{args.export}: RGB photos, uint8 B x 3 x H x W -> map, score, threshold")
 
 
 # -------------------------------------------------------------------------------------- arguments
-
 
 CHOICES = {
     "normals": ["01234", "56789", "02468", "13579"],
@@ -1100,10 +1102,15 @@ CHOICES = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise data.UserError(f"{message} (--help lists the options)")
+
+
 def get_parser():
     """A flag for each of SETTINGS and ACTIONS, and --no-FLAG for what is on or off."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]; --help lists them",
+    parser = Parser(
+        usage="%(prog)s [options]",
         description="MiniMaxAD (arXiv 2405.09933): train, evaluate, predict.",
         epilog=f"Presets: {PRESETS}; separate models: {SEPARATE}; --arch rd: {RD}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -1112,10 +1119,8 @@ def get_parser():
         options = {"default": default, "help": text}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif default is None:
-            options["type"] = os.path.expanduser
         else:
-            options["type"] = type(default)
+            options["type"] = os.path.expanduser if default is None else type(default)
         if key in CHOICES:
             options["choices"] = list(CHOICES[key])
         if key in ("classes", "predict"):
@@ -1124,9 +1129,9 @@ def get_parser():
     return parser
 
 
-def preset(args):
+def preset_of(args):
     """The paper's settings for this set in this setting, or those of the nearest."""
-    settings = {"backbone": SETTINGS["backbone"][0]}
+    settings = {}
     if not args.unified:
         settings |= SEPARATE.get(args.data, SEPARATE["visa"])
     settings |= PRESETS.get(args.data, {})
@@ -1136,98 +1141,149 @@ def preset(args):
 
 
 def parse_args(argv=None):
-    """The arguments, and the states of the run of --eval or --resume. What the user left out comes
-    from the set's preset, or from that run, which what is typed may not contradict."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    states = []
-    saved = {}
-    if args.resume and (args.eval or not args.out):
-        parser.error("--resume goes on with the run in --out RUN, without --eval")
-    if args.eval or args.resume:
-        source = Path(args.eval or args.out)
-        paths = sorted(source.glob("[!.]*.pt"))
-        if args.resume and not paths:
-            parser.error(f"--resume: no checkpoint in {source}; start it again without --resume")
-        states = [read_state(path) for path in paths or [source]]
-        saved = states[0]["args"]
-    elif not args.bench:
-        parser.set_defaults(**preset(args))
-    parser.set_defaults(**saved)
+    """The arguments, and the states of the checkpoints of --eval or --resume. UserError.
 
-    args = parser.parse_args(argv)  # what the user typed wins
+    What is not typed comes from the set's preset, or with --eval and --resume from that run.
+    """
+    parser = get_parser()
+    untyped = argparse.Namespace(**dict.fromkeys(SETTINGS | ACTIONS))
+    typed = vars(parser.parse_args(argv, untyped))
+    typed = {key: value for key, value in typed.items() if value is not None}
+    args = parser.parse_args([])
+    states = []
+    if typed.get("eval") or typed.get("resume"):
+        states = saved_states(typed)
+        preset = dict(states[0]["args"])
+        subsets = [state["args"]["classes"] for state in states]
+        preset["classes"] = None
+        if all(subsets):  # of models that were trained side by side
+            preset["classes"] = list(dict.fromkeys(sum(subsets, [])))
+        if typed.get("predict") or typed.get("export"):
+            preset["classes"] = None  # what is typed says of which class the photos are
+    else:
+        vars(args).update(typed)
+        preset = preset_of(args)
+    vars(args).update(preset)
+    vars(args).update(typed)
+
     if not args.out and not args.eval:
         args.out = f"runs/minimaxad-{args.data}-{'unified' if args.unified else 'separate'}"
-    free = ["root"]
-    if args.eval:
-        free += ["classes"] if args.predict else ["classes", "score"]
-    for key, value in saved.items():
-        if key not in free and getattr(args, key) != value:
-            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
-            parser.error(f"{flag}: the run has {value}")
-    if (args.crop or args.size) <= 32:
-        parser.error(f"--size, --crop: {args.crop or args.size} pixels are too few; 33 or more")
-    if args.crop > args.size:
-        parser.error(f"--crop {args.crop} is larger than --size {args.size}")
-    check(parser, args, states)
+    check(args, typed, states)
     return args, states
 
 
-def check(parser, args, states):
-    """Ends with one line where a value is out of range or flags do not go together."""
-    for key, value in vars(args).items():
+def saved_states(typed):
+    """The states of --eval or --resume, whose settings are the run's."""
+    free = {"root"}
+    if typed.get("resume"):
+        if "eval" in typed or "out" not in typed:
+            raise data.UserError("--resume goes on with the run in --out RUN, without --eval")
+        if not list(Path(typed["out"]).glob("[!.]*.pt")):
+            raise data.UserError(
+                f"--resume: no checkpoint in {typed['out']}; start it again without --resume"
+            )
+        states = read_states(typed["out"], "--resume")
+    else:
+        states = read_states(typed["eval"], "--eval")
+        free |= {"classes"}
+        if not ("predict" in typed or "export" in typed):  # their thresholds are the run's
+            free |= {"score"}
+        if not all(state["trained"] for state in states):
+            raise data.UserError(
+                f"--eval {typed['eval']}: its training stopped early; finish it with --resume"
+            )
+    for key in typed.keys() & SETTINGS.keys() - free:
+        saved = states[0]["args"][key]
+        raise data.UserError(
+            f"--{key.replace('_', '-')} {typed[key]}: the run has {saved}, leave it out"
+        )
+    return states
+
+
+def check(args, typed, states):
+    """UserError where a value is out of range or flags do not go together."""
+    for key, value in typed.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value == "" or value == [] or (isinstance(value, list) and "" in value):
+            raise data.UserError(f"{flag}: empty, as an unset variable is")
         least = 1 if key in ("epochs", "batch_size", "size") else 0
         most = 1 if key in ("holdout", "quantile", "p_hard", "p_lim") else 2**31
         if isinstance(value, int | float) and not least <= value <= most:
-            parser.error(f"--{key.replace('_', '-')} {value}: expected {least} to {most}")
-    if args.data == "cifar10" and not args.unified and not args.bench:
-        parser.error("--data cifar10 --no-unified: its five normal classes train one model")
-    if args.eval and args.bench:
-        parser.error("--eval goes without --bench")
-    if args.eval and any(not state["trained"] for state in states):
-        parser.error(f"--eval {args.eval}: its training stopped early; finish it with --resume")
-    if (args.predict or args.export) and len(states) != 1:
-        parser.error("--predict and --export take one model, --eval RUN/FILE.pt")
+            raise data.UserError(f"{flag} {value}: expected {least} to {most}")
+    if "root" in typed and args.data == "toy":
+        raise data.UserError(f"--root {args.root}: of which set? --data folder for your own photos")
+    if args.data == "cifar10" and not args.unified:
+        raise data.UserError("--data cifar10 --no-unified: its five classes train one model")
+    if args.crop > args.size:
+        raise data.UserError(f"--crop {args.crop} is larger than --size {args.size}")
+    if (args.crop or args.size) <= 32:  # BatchNorm has no variance of one image's one position
+        raise data.UserError("--size, --crop: more than 32, else the bottleneck has one position")
+    check_use(args, typed, states)
+
+
+def check_use(args, typed, states):
+    """Of --predict, --export and --save-maps."""
+    if args.predict or args.export:
+        if len(states) != 1 or not args.eval:
+            raise data.UserError("--predict and --export take one model, --eval RUN/FILE.pt")
+        if WORLD > 1:
+            raise data.UserError("--predict and --export are for one process: without torchrun")
+    elif "quantile" in typed:
+        raise data.UserError("--quantile is for --predict and --export")
     if (args.predict or args.save_maps) and not args.out:
-        parser.error("--predict and --save-maps write into a new folder, --out DIR")
+        raise data.UserError("--predict and --save-maps write into a new folder, --out DIR")
+    for path in args.predict or []:
+        if Path(args.out).resolve().is_relative_to(Path(path).resolve()):
+            raise data.UserError(f"--out {args.out} lies in --predict {path}: name another folder")
+    if args.export and not args.export.endswith(".pt2"):
+        raise data.UserError(f"--export {args.export}: name it {args.export}.pt2")
+    if args.export and Path(args.export).exists():
+        raise data.UserError(f"--export {args.export}: exists; name a new file")
+
+
+def get_device(name):
+    """The torch device, of several processes one GPU each; ready for use. UserError: none."""
+    with data.explain(f"--device {name}"):
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", LOCAL_RANK)
+        torch.zeros(1, device=device).item()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
 
 
 def main(argv=None):
-    """Exit status 0; 1: an image was not judged; 2: a line says why."""
+    """Exit status 0; 1: an image was not judged; 2: a line says why; 130: interrupted."""
     level = logging.ERROR if RANK else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
+    hint = ""
     try:
         args, states = parse_args(argv)
-        backend = "gloo"
-        with data.explain(f"--device {args.device}"):
-            device = torch.device(args.device)
-            if device.type == "cuda" and device.index is None:  # a GPU for each process
-                backend = "nccl"
-                device = torch.device("cuda", LOCAL_RANK)
-            torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # TF32
+        device = get_device(args.device)
         if LAUNCHED:
+            backend = "nccl" if args.device == "cuda" else "gloo"  # NCCL: a GPU for each process
             dist.init_process_group(backend, timeout=timedelta(hours=1))
-        if args.bench:
-            bench(args, device)
-        elif args.predict or args.export:
+        if args.predict or args.export:
             model = make_model(args, states[0], load_encoder(args.backbone, "none"))
             if args.export:
                 export(args, states[0], model)
             if args.predict and not predict(args, states[0], model.to(device), device):
                 sys.exit(1)
         else:
+            hint = "" if args.eval else "; --resume goes on from the last checkpoint, one a minute"
             run(args, states, device)
         if LAUNCHED:
             dist.destroy_process_group()
     except (data.UserError, OSError) as error:
-        if LOCAL_RANK == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if RANK:
+            time.sleep(10)  # if process 0 says the same, torchrun has ended this one by then
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; --resume goes on from the last checkpoint, one a minute")
+        print(f"interrupted{hint}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -419,15 +419,16 @@ class Backbone(nn.Module):
         with data.explain(f"--backbone {name}: no such timm CNN"):
             info = timm.create_model(name, features_only=True).feature_info
             index = [i for i, stride in enumerate(info.reduction()) if stride in strides]
-            options = {"features_only": True, "out_indices": index}
-            self.net = timm.create_model(name, pretrained=weights is None, **options)
+            self.net = timm.create_model(name, features_only=True, out_indices=index)
         info = self.net.feature_info
         if info.reduction() != strides:
             raise data.UserError(f"--backbone {name} has strides {info.reduction()}, not {strides}")
         if hasattr(self.net, "blocks"):  # timm's EfficientNets compute stages beyond the last level
             last = int(info.module_name()[-1].split(".")[1])
             del self.net.blocks[last + 1 :]
-        if weights not in (None, "none"):
+        if weights is None:
+            weights = data.timm_weights(name)
+        if weights != "none":
             data.load_weights(self.net, weights)
 
         self.eval().requires_grad_(False)
@@ -672,9 +673,7 @@ def infer(network, images, labels, device):
     B = 4 if device.type == "cpu" else 32
     for i in range(0, len(images), B):
         image = torch.tensor(images[i : i + B]).to(device)
-        image = (
-            image.permute(0, 3, 1, 2).float() / 255
-        )  # B x size x size x 3 -> B x 3 x size x size
+        image = image.permute(0, 3, 1, 2).float() / 255  # B x 3 x size x size
         label = None
         if labels is not None:
             label = labels[i : i + B].to(device)
@@ -1004,6 +1003,8 @@ def run(args, states, device):
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
     weights = args.weights if training and not states else "none"
     backbone = Backbone(args.backbone, weights, args.size, args.levels, args.pool)
+    if states:  # a checkpoint holds its tensors
+        make_detector(args, states[0], backbone)
 
     if training:
         if args.data in ("folder", "toy"):
@@ -1456,7 +1457,7 @@ def main(argv=None):
             dist.destroy_process_group()
     except (data.UserError, OSError) as error:
         if RANK:
-            time.sleep(3)  # if process 0 says the same, torchrun has ended this one by then
+            time.sleep(10)  # if process 0 says the same, torchrun has ended this one by then
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -62,7 +62,7 @@ def compare(args):
     device = torch.device(args.device)
     torch.manual_seed(0)  # an untrained backbone is the same each time
     kind = Blurred if args.pool == "blur" else mintad.Backbone
-    backbone = kind(args, args.weights).to(device)
+    backbone = kind(args.backbone, args.weights, args.size, pool=args.pool).to(device)
 
     maps = np.zeros(masks.shape, np.float32)
     for cls in classes:

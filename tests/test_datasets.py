@@ -1,6 +1,5 @@
 """Which images train and test, their labels, classes and masks, and what is told about the rest."""
 
-import pickle
 import re
 import unicodedata
 from pathlib import Path
@@ -101,18 +100,8 @@ def test_visas_csv_tells_split_label_and_mask_also_after_windows(tmp_path):
 
 
 @pytest.mark.parametrize("normals", ["01234", "02468"])
-def test_cifar10_trains_five_classes_and_tests_all(tmp_path, monkeypatch, normals):
-    """Files as torchvision reads them, an image of each class, whose pixels tell file and class."""
-    check = "torchvision.datasets.cifar.check_integrity"
-    monkeypatch.setattr(check, lambda path, md5: Path(path).exists())
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": data.CIFAR10}))
-    for file, name in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
-        rows = np.repeat(np.arange(10, dtype=np.uint8)[:, None] + 10 * file, 3072, axis=1)
-        batch = {"data": rows, "labels": list(range(10))}
-        (folder / name).write_bytes(pickle.dumps(batch))
-
+def test_cifar10_trains_five_classes_and_tests_all(tmp_path, cifar10, normals):
+    cifar10(tmp_path)
     classes, train, test = data.load("cifar10", tmp_path, normals=normals)
     digits = sorted(map(int, normals))
     pixels = data.decode(train + test, 8, cache=tmp_path).reshape(-1, 8 * 8 * 3)
@@ -298,6 +287,15 @@ HELD_OUT = [
 def test_an_even_share_of_each_class_but_never_all_is_held_out(classes, share, expected):
     samples = [data.Sample("", 0, cls, cls) for cls in classes]
     assert np.flatnonzero(data.hold_out(samples, share)).tolist() == expected
+
+
+def test_many_classes_each_have_calibration_images_of_their_own():
+    """2,000 of a, of which every second was held out, 3 of b of which none: evenly 500 of a."""
+    samples = [data.Sample("", 0, cls, cls) for cls in ["a"] * 2000 + ["b"] * 3]
+    held = np.arange(2003) % 2 == 1
+    held[2000:] = False
+    chosen = data.calibration_images(samples, held)
+    assert chosen.tolist() == [*range(1, 2000, 4), 2000, 2001, 2002]
 
 
 def test_the_digest_of_a_run_is_of_its_images_names_and_sizes_wherever_they_lie(tmp_path):

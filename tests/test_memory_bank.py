@@ -19,9 +19,7 @@ import mintad
     ],
 )
 def test_map_is_the_distance_to_the_nearest_training_patch(kind, pool, aligned):
-    args, _ = mintad.parse_args("--data mvtec --backbone test_efficientnet --size 64".split())
-    args.pool = pool
-    net = kind(args, "none")
+    net = kind("test_efficientnet", "none", 64, pool=pool)
     images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     maps = memory_bank.bank_maps(net, images[:5], images[5:], torch.device("cpu"))
 

@@ -12,7 +12,6 @@ import re
 import zlib
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -415,15 +414,6 @@ def test_each_epoch_takes_each_image_once_in_an_order_of_its_own(tmp_path):
 def test_the_threshold_is_found_with_images_held_back_from_training(tmp_path):
     batch, held = images_seen(tmp_path, "--holdout 0.4")
     assert (sorted(batch), held) == ([1, 3, 4], [0, 2])
-
-
-def test_many_classes_each_have_calibration_images_of_their_own():
-    """2,000 of a, of which every second was held out, 3 of b of which none: evenly 500 of a."""
-    samples = [SimpleNamespace(cls=cls) for cls in ["a"] * 2000 + ["b"] * 3]
-    held = np.arange(2003) % 2 == 1
-    held[2000:] = False
-    chosen = minimaxad.calibration_images(samples, held)
-    assert chosen.tolist() == [*range(1, 2000, 4), 2000, 2001, 2002]
 
 
 def test_a_size_that_leaves_one_position_is_refused_before_the_training(call):

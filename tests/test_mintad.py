@@ -337,6 +337,14 @@ def test_every_parameter_of_a_variant_gets_a_gradient(line):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("script", ["mintad", "minimaxad"])
+def test_every_numbered_equation_of_the_paper_stands_in_its_file(script):
+    """Both papers number theirs from 1 to 9."""
+    text = Path(mintad.__file__).with_name(f"{script}.py").read_text()
+    found = re.findall(r"Eq\. (\d(?:(?:, | and )\d)*)", text)
+    assert set(re.findall(r"\d", " ".join(found))) == set("123456789")
+
+
 # ------------------------------------------------------------------------------- Eq. 1, 4, 5 and 6
 
 

@@ -8,12 +8,10 @@ import re
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import timm
 import torch
-import torchvision
 from PIL import Image
 
 import mintad
@@ -118,12 +116,6 @@ def test_the_domains_of_aebad_are_rows(script, tiny, call):
     assert list(result("run")["classes"]) == ["same", "view"]
 
 
-def cifar10(root, train):
-    """Two images of each class, to train and to test."""
-    images = np.random.default_rng(train).integers(0, 256, (20, 32, 32, 3), np.uint8)
-    return SimpleNamespace(data=images, targets=list(range(10)) * 2)
-
-
 def test_an_image_that_trains_and_tests_is_told(script, tiny, call):
     shutil.copy("photos/pill/train/good/000.png", "photos/pill/test/good/copy.png")
     assert "copy.png is photos/pill/train" in call(script, *tiny, "--epochs", 1).out
@@ -145,8 +137,8 @@ def test_what_crop_cuts_away_makes_no_difference(script, tiny, call):
     assert one == other
 
 
-def test_cifar10_is_tested_on_all_classes(script, tiny, call, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10)
+def test_cifar10_is_tested_on_all_classes(script, tiny, call, cifar10):
+    cifar10("photos")
     call(script, *tiny, "--data", "cifar10", "--normals", "13579", "--epochs", 1, "--out", "run")
     assert result("run")["classes"]["13579"]["i_auroc"] is not None
 
@@ -220,10 +212,17 @@ def test_a_killed_run_by_muon_goes_on_bit_for_bit(script, tiny, killed, call):
     assert_same_run("straight", "killed")
 
 
-def test_a_separate_run_goes_on_with_the_next_class(script, separate, killed, call):
-    killed(script, *separate, at="weave epoch 1/1")
+def test_a_separate_run_goes_on_with_the_next_class_and_its_own_backbone(
+    script, tiny, killed, call
+):
+    """Which the checkpoints hold: its file is gone by then."""
+    torch.save(timm.create_model("test_efficientnet").state_dict(), "weights.pt")
+    flags = "--no-unified --epochs 1 --backbone test_efficientnet --weights weights.pt".split()
+    call(script, *tiny, *flags, "--out", "straight")
+    killed(script, *tiny, *flags, at="weave epoch 1/1")
+    Path("weights.pt").unlink()
     call(script, "--out", "killed", "--resume")
-    assert_same_run("separate", "killed")
+    assert_same_run("straight", "killed")
 
 
 def test_a_checkpoint_is_written_when_a_minute_has_passed(script, tiny, killed):

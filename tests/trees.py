@@ -1,5 +1,6 @@
 """Writes images for the tests."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -18,3 +19,13 @@ def save(path, pixels, **options):
 
 def image(path, seed=0, size=32):
     return save(path, np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
+
+
+def cifar10(root, labels):
+    """Files as torchvision reads them, an image of each class, whose pixels tell file and class."""
+    folder = Path(root, "cifar-10-batches-py")
+    folder.mkdir(parents=True)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": labels}))
+    for file, name in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
+        rows = np.repeat(np.arange(10, dtype=np.uint8)[:, None] + 10 * file, 3072, axis=1)
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(10))}))
