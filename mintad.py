@@ -251,17 +251,28 @@ def mlp(act, *widths):
     return layers[:-1]
 
 
-class FeaturePrompt(nn.Module):
-    """The class token before the classifier's head, and its logits (Sec. 3.3, Table 12, Eq. 1).
+class Prompt(nn.Module):
+    """f', B x P x C, and labels, B -> class token z, B x Z; logits, B x K, or None: no classifier.
 
-    A prompt is called with f', B x P x C, and the labels, B, and returns z, B x Z, and logits,
-    B x K, or None if it has no classifier.
+    This one has neither: for a learned query without prior and classifier, where nothing uses z
+    (Table 5).
     """
 
     needs_label = False
 
-    def __init__(self, C, P, K, head=True, Z=32, D=256):
+    def __init__(self, C, P, K, head=True):
         super().__init__()
+        self.head = None
+
+    def forward(self, f_, label):
+        return None, None
+
+
+class FeaturePrompt(Prompt):
+    """z is the classifier's last layer before its head (Sec. 3.3, Table 12, Eq. 1)."""
+
+    def __init__(self, C, P, K, head=True, Z=32, D=256):
+        super().__init__(C, P, K)
         # B x P x C -> B x P x Z
         self.class_encoder = nn.Sequential(*mlp(nn.ReLU, C, D, D, Z), nn.Softmax(-1))
         # B x P*Z -> B x Z; Table 12 has P*Z = 8192
@@ -282,14 +293,13 @@ class FeaturePrompt(nn.Module):
         return z, logits
 
 
-class LabelPrompt(nn.Module):
+class LabelPrompt(Prompt):
     """z is a projection of the one-hot label, which a test image needs, too (Table 4)."""
 
     needs_label = True
-    head = None
 
     def __init__(self, C, P, K, head=True, Z=32):
-        super().__init__()
+        super().__init__(C, P, K)
         self.K = K
         self.project = nn.Linear(K, Z)
 
@@ -298,34 +308,18 @@ class LabelPrompt(nn.Module):
         return self.project(one_hot.to(f_.dtype)), None
 
 
-class ImagePrompt(nn.Module):
+class ImagePrompt(Prompt):
     """z is a projection of the image's mean feature (Table 4)."""
 
-    needs_label = False
-    head = None
-
     def __init__(self, C, P, K, head=True, Z=32):
-        super().__init__()
+        super().__init__(C, P, K)
         self.project = nn.Linear(C, Z)
 
     def forward(self, f_, label):
         return self.project(f_.mean(1)), None
 
 
-class NoPrompt(nn.Module):
-    """For a learned query without prior and classifier, where nothing uses z (Table 5)."""
-
-    needs_label = False
-    head = None
-
-    def __init__(self, C, P, K, head=True):
-        super().__init__()
-
-    def forward(self, f_, label):
-        return None, None
-
-
-PROMPTS = {"feature": FeaturePrompt, "label": LabelPrompt, "image": ImagePrompt, "none": NoPrompt}
+PROMPTS = {"feature": FeaturePrompt, "label": LabelPrompt, "image": ImagePrompt, "none": Prompt}
 
 
 class INR(nn.Module):
@@ -704,18 +698,19 @@ WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 
 class Features:
-    """f of N images, uint8 N x size x size x 3: features[index] is B x P x C in half precision.
+    """f of N of the images, uint8 .. x size x size x 3: features[i] is B x P x C in half precision.
 
     As nothing augments, they are extracted once and kept, on a GPU in half of its free memory, else
     in half of the machine's; if they do not fit, each batch extracts its own again.
     """
 
-    def __init__(self, backbone, images, device):
+    def __init__(self, backbone, images, chosen, device):
         self.backbone = backbone
         self.images = images
+        self.chosen = chosen
         self.device = device
         self.kept = None
-        shape = (len(images), backbone.H * backbone.W, backbone.C)
+        shape = (len(chosen), backbone.H * backbone.W, backbone.C)
         size = 2 * math.prod(shape)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all
@@ -728,18 +723,18 @@ class Features:
 
         if fits:
             kept = torch.empty(shape, dtype=torch.half, device=home)
-            for index in torch.arange(len(images)).split(32):
-                kept[index] = self[index].to(home)
+            for i in torch.arange(len(chosen)).split(32):
+                kept[i] = self[i].to(home)
             self.kept = kept
 
     def __len__(self):
-        return len(self.images)
+        return len(self.chosen)
 
     @torch.no_grad()
-    def __getitem__(self, index):
+    def __getitem__(self, i):
         if self.kept is not None:
-            return self.kept[index].to(self.device)
-        image = torch.from_numpy(self.images[index.cpu().numpy()]).to(self.device)
+            return self.kept[i].to(self.device)
+        image = torch.from_numpy(self.images[self.chosen[i.cpu().numpy()]]).to(self.device)
         image = image.permute(0, 3, 1, 2).float() / 255  # B x 3 x size x size
         return self.backbone(image).half()
 
@@ -916,7 +911,7 @@ def fit(detector, state, args, samples, images, device):
         raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
     state["digest"] = digest
 
-    features = Features(detector.backbone, images[trained], device)
+    features = Features(detector.backbone, images, trained, device)
     labels = class_index([samples[i] for i in trained], state["classes"])
     if features.kept is not None:
         labels = labels.to(features.kept.device)
@@ -1181,32 +1176,27 @@ def published(args, rows):
 # --------------------------------------------------------------------------- a trained model's use
 
 
-def known_class(args, state, detector):
-    """Index of the class that all photos are of: the user says it, or there is one; else None."""
+def what_is_known(args, state, detector):
+    """Of photos to judge: the index of the class that all are of, as the user says it or as there
+    is only one, else None. And for each class index that the detector returns that class's name,
+    "" where the detector does not know the class."""
     known = state["classes"]
     classes = args.classes or known
     if len(classes) == 1 and classes[0] in known:
-        return known.index(classes[0])
+        return known.index(classes[0]), classes * len(known)
     if args.classes or detector.model.needs_label:
         raise data.UserError(f"--classes: expected one of {', '.join(known)}")
-    return None
-
-
-def class_names(state, detector, label):
-    """Name of each class index that the detector returns; "" where it does not know the class."""
-    if label is not None or detector.model.knows_class:
-        return state["classes"]
-    return [""] * len(state["classes"])
+    if detector.model.knows_class:
+        return None, known
+    return None, [""] * len(known)
 
 
 def predict(args, state, detector, device):
     """Score, verdict, class and picture of each image of --predict; True if all could be read."""
-    label = known_class(args, state, detector)
-    names = class_names(state, detector, label)
-    asked = names if label is None else [names[label]]
+    label, names = what_is_known(args, state, detector)
     paths = data.find_images(args.predict)
     open_folder(args)
-    thresholds = metrics.thresholds(state["calibration"], args.quantile, asked)
+    thresholds = metrics.thresholds(state["calibration"], args.quantile, names)
 
     def judge(pixels):
         labels = None
@@ -1241,11 +1231,9 @@ class Program(nn.Module):
 
 def export(args, state, detector):
     """Write a torch.export program, which needs nothing but torch."""
-    label = known_class(args, state, detector)
-    names = class_names(state, detector, label)
-    asked = names if label is None else [names[label]]
-    thresholds = metrics.thresholds(state["calibration"], args.quantile, list(dict.fromkeys(asked)))
-    values = [thresholds.get(name, math.nan) for name in names]
+    label, names = what_is_known(args, state, detector)
+    thresholds = metrics.thresholds(state["calibration"], args.quantile, names)
+    values = [thresholds[name] for name in names]
     program = Program(detector, values, label).eval().requires_grad_(False)
     shapes = {0: "B", 2: "H", 3: "W"}
     shapes = {axis: torch.export.Dim(name, min=1) for axis, name in shapes.items()}
