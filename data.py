@@ -419,6 +419,11 @@ def counted(names):
     return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
 
 
+def evenly(indices, count):
+    """Some of them, from the first on at even distances."""
+    return indices[np.linspace(0, len(indices), count, endpoint=False, dtype=int)]
+
+
 def hold_out(samples, share):
     """bool N: an even share of each class's samples, to be kept out of training.
 
@@ -428,8 +433,7 @@ def hold_out(samples, share):
     for cls in {sample.cls for sample in samples}:
         mine = np.flatnonzero([sample.cls == cls for sample in samples])
         count = min(max(round(share * len(mine)), share > 0), len(mine) - 1)
-        even = np.linspace(0, len(mine), count, endpoint=False, dtype=int)
-        held[mine[even]] = True
+        held[evenly(mine, count)] = True
     return held
 
 
@@ -443,8 +447,7 @@ def calibration_images(samples, held):
         mine = np.flatnonzero([sample.cls == cls for sample in samples])
         if held[mine].any():
             mine = mine[held[mine]]
-        even = np.linspace(0, len(mine), min(each, len(mine)), endpoint=False, dtype=int)
-        chosen.extend(mine[even])
+        chosen.extend(evenly(mine, min(each, len(mine))))
     return np.array(chosen)
 
 

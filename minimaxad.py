@@ -300,11 +300,17 @@ def residual_stage(in_channels, width, out_channels, resize, depth):
 
 @torch.no_grad()
 def fuse(network):
-    """A frozen copy for inference, of the same output: Block and ConvNorm without BatchNorm."""
+    """A frozen copy for inference, of the same output: its blocks without BatchNorm."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in list(network.modules()):
         if isinstance(module, Block | ConvNorm):
             module.fuse()
+        for i in "123":  # of timm's ResNets
+            layer = getattr(module, f"conv{i}", None)
+            bn = getattr(module, f"bn{i}", None)
+            if type(layer) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
+                setattr(module, f"conv{i}", fold(layer, bn))
+                setattr(module, f"bn{i}", nn.Identity())
     return network
 
 
@@ -379,7 +385,7 @@ class TimmEncoder(nn.Module):
 
 
 def load_encoder(name, weights):
-    """The frozen encoder, UniRepLKNet fused: standardised images B x 3 x H x W -> maps.
+    """The frozen encoder, a UniRepLKNet or ResNet fused: standardised images B x 3 x H x W -> maps.
 
     name: a key of UNIREPLKNET or any timm CNN of strides 4, 8, 16. weights: a file, "none"
     (untrained), or None: downloaded. Its buffers mean and std, 3 x 1 x 1, standardise RGB in 0..1.
@@ -398,6 +404,8 @@ def load_encoder(name, weights):
         encoder = TimmEncoder(name, weights)
         mean = encoder.net.pretrained_cfg["mean"]
         std = encoder.net.pretrained_cfg["std"]
+        if hasattr(encoder.net, "layer3"):  # a ResNet
+            encoder = fuse(encoder)
     encoder.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
     encoder.register_buffer("std", torch.tensor(std).view(3, 1, 1))
     return encoder.eval().requires_grad_(False)

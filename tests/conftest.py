@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import io
+import logging
 import os
 import shutil
 import subprocess
@@ -113,6 +114,7 @@ def call():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    logging.getLogger().setLevel("WARNING")  # main() sets another one
 
 
 @pytest.fixture(params=["mintad", "minimaxad"])
@@ -162,7 +164,7 @@ def shrink(monkeypatch):
 TINY = "--data folder --root photos --unified --size 64 --weights none --epochs 3 --batch-size 4"
 BACKBONE = {
     "mintad": "--backbone test_efficientnet --optimizer adamw --pool bilinear --distance euclidean",
-    "minimaxad": "--backbone tiny",
+    "minimaxad": "--backbone tiny --size 72 --crop 64",
 }
 
 

@@ -14,6 +14,8 @@ import trees
 from PIL import Image
 from safetensors.torch import save_file
 
+import data
+import metrics
 import minimaxad
 import mintad
 
@@ -55,7 +57,9 @@ OWN = {
         ("--data cifar10 --prompt label", "cifar10"),
     ],
     "minimaxad": [
-        ("--crop 65", "--crop"),
+        ("--crop 73", "--crop"),
+        ("--crop 32", "--size"),  # one position is left
+        ("--crop 0 --size 32", "--size"),
         ("--arch rd", "--arch rd"),
         ("--p-hard 2", "--p-hard"),
         ("--p-lim -1", "--p-lim"),
@@ -66,16 +70,14 @@ TRAINED = [  # RUN stands for the folder of a finished run, which has the settin
     ("--eval photos", "photos"),
     ("--eval ~/here", "/home/me/here"),
     ("--eval RUN --lr 3", "--lr"),
-    ("--eval RUN --size 64", "--size"),  # also what the run has
+    ("--eval RUN --batch-size 4", "--batch-size"),  # also what the run has
     ("--eval RUN --resume", "--resume"),
     ("--eval RUN --save-maps", "--out"),
     ("--eval RUN --out photos", "photos"),
     ("--eval RUN --predict photos", "--out"),
     ("--eval RUN --predict nowhere --out new", "nowhere"),
     ("--eval RUN --predict ~/here --out new", "/home/me/here"),
-    ("--eval RUN --predict photos --out photos/new", "--out"),
     ("--eval RUN --export net", "net.pt2"),
-    ("--eval RUN --predict photos --out new --classes pil", "--classes"),
     ("--resume", "--out"),
     ("--resume --out nowhere", "nowhere; start it again"),
     ("--resume --out RUN --lr 3", "--lr"),
@@ -102,11 +104,6 @@ def test_refused_of_a_finished_run(script, tiny_run, line, said, call, monkeypat
 @pytest.mark.parametrize("flag", ["--eval", "--root", "--out", "--classes", "--weights"])
 def test_an_unset_variable_is_refused(script, tiny, flag, call):
     assert_refused(call(script, *tiny, flag, ""), flag)
-
-
-def test_an_empty_path_to_predict_is_refused(script, tiny_run, call):
-    flags = "--eval", tiny_run, "--out", "new", "--predict", ""
-    assert_refused(call(script, *flags), "--predict")
 
 
 def test_predict_and_export_are_for_one_process(script, tiny_run, call, monkeypatch):
@@ -281,11 +278,18 @@ def test_minimaxad_tells_that_a_setting_is_not_the_papers(script, flag, told, ti
 # ---------------------------------------------------------------------------- evaluating a run
 
 
-def test_eval_finds_images_that_were_moved_and_draws_each(script, tiny_run, call):
+def test_eval_finds_images_that_were_moved_and_draws_each(script, tiny_run, call, monkeypatch):
+    drawn = []
+    save_maps = metrics.save_maps
+    monkeypatch.setattr(metrics, "save_maps", lambda *x: drawn.append(x) or save_maps(*x))
     Path("photos").rename("moved")
     call(script, "--eval", tiny_run, "--root", "moved", "--save-maps", "--out", "new")
     assert rows("new") == rows(tiny_run)
     assert len(list(Path("new/maps").glob("*/*.*"))) == 8
+    size = {"mintad": (64, None), "minimaxad": (72, 64)}[script]
+    for _, images, samples, _, _, masks, _ in drawn:
+        np.testing.assert_array_equal(images, data.decode(samples, *size))
+        np.testing.assert_array_equal(masks, data.decode_masks(samples, *size))
     call(script, "--eval", tiny_run, "--root", "moved", "--classes", "weave", "--out", "weave")
     assert rows("weave") == {"weave": rows(tiny_run)["weave"]}
 
@@ -315,28 +319,25 @@ def test_a_variant_that_needs_the_class_keeps_its_texts_and_is_told_the_class(sc
     assert_refused(call(script, "--eval", "run", "--predict", "photos", "--out", "1"), "--classes")
 
 
-@pytest.mark.parametrize("size", [(64, 64), (300, 200), (97, 1024)])
 @pytest.mark.parametrize("flags", [[], ["--classes", "weave"]])
-def test_an_exported_program_judges_a_photo_of_any_size_as_predict(
-    script, tiny_run, call, size, flags
-):
-    for i, cls in enumerate(["pill", "weave"]):
-        image = Image.open(next(Path(f"photos/{cls}/test/good").iterdir())).resize(size)
-        trees.save(f"odd/{i}.png", np.array(image))
-    call(script, "--eval", tiny_run, "--predict", "odd", "--out", "verdicts", *flags)
-    said = call(script, "--eval", tiny_run, "--export", "net.pt2", *flags).out
-    assert "net.pt2" in said
+def test_an_exported_program_judges_a_photo_of_any_size_as_predict(script, tiny_run, call, flags):
+    assert "net.pt2" in call(script, "--eval", tiny_run, "--export", "net.pt2", *flags).out
     network = torch.export.load("net.pt2").module()
-    with open("verdicts/predictions.csv", newline="") as file:
-        verdicts = list(csv.DictReader(file))
-    photos = [np.array(Image.open(row["file"])) for row in verdicts]
-    batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)
-    maps, scores, *classes, thresholds = (x.numpy() for x in network(batch))
-    assert maps.shape == (2, 64, 64)
-    for key, found in ("score", scores), ("threshold", thresholds):
-        assert found.tolist() == pytest.approx([float(row[key]) for row in verdicts], rel=1e-3)
-    for found in classes:  # mintad.py's
-        assert [["pill", "weave"][k] for k in found] == [row["class"] for row in verdicts]
+    for size in (64, 64), (300, 200), (97, 1024):
+        for i, cls in enumerate(["pill", "weave"]):
+            image = Image.open(next(Path(f"photos/{cls}/test/good").iterdir())).resize(size)
+            trees.save(f"odd/{i}.png", np.array(image))
+        call(script, "--eval", tiny_run, "--predict", "odd", "--out", f"{size}", *flags)
+        with open(f"{size}/predictions.csv", newline="") as file:
+            verdicts = list(csv.DictReader(file))
+        photos = [np.array(Image.open(row["file"])) for row in verdicts]
+        batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)
+        maps, scores, *classes, thresholds = (x.numpy() for x in network(batch))
+        assert maps.shape == (2, 64, 64)
+        for key, found in ("score", scores), ("threshold", thresholds):
+            assert found.tolist() == pytest.approx([float(row[key]) for row in verdicts], rel=1e-3)
+        for found in classes:  # mintad.py's
+            assert [["pill", "weave"][k] for k in found] == [row["class"] for row in verdicts]
 
 
 @pytest.mark.parametrize("script", ["mintad"])

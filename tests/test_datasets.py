@@ -296,6 +296,8 @@ def test_many_classes_each_have_calibration_images_of_their_own():
     held[2000:] = False
     chosen = data.calibration_images(samples, held)
     assert chosen.tolist() == [*range(1, 2000, 4), 2000, 2001, 2002]
+    many = [data.Sample("", 0, str(i % 20), "") for i in range(4000)]
+    assert len(data.calibration_images(many, np.zeros(4000, bool))) == 20 * 100
 
 
 def test_the_digest_of_a_run_is_of_its_images_names_and_sizes_wherever_they_lie(tmp_path):

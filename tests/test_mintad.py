@@ -315,12 +315,14 @@ def test_a_part_that_is_switched_off_is_absent_and_only_that(line):
     assert [name for name, x in parts.items() if x is None or x == []] == ABSENT[line].split()
 
 
-def test_under_bfloat16_the_map_the_gaussian_and_the_sine_are_in_float32():
-    model = noisy(small().model)
-    f = torch.randn(B, P, C)
-    with torch.autocast("cpu", torch.bfloat16):
-        f_, r, _, gaussian = model(f, LABEL)
-    assert {x.dtype for x in (f_, r, *gaussian)} == {torch.float32}
+def test_under_bfloat16_the_map_the_losses_and_the_sine_are_in_float32():
+    for line in "", "--uniad":
+        model = noisy(small(line).model)
+        with torch.autocast("cpu", torch.bfloat16):
+            f_, r, logits, gaussian = model(torch.randn(B, P, C), LABEL)
+        _, losses = mintad.objective(model, (f_, r, logits, gaussian), LABEL)
+        found = f_, r, *(gaussian or ()), *losses.values()
+        assert {x.dtype for x in found} == {torch.float32}
     inr = mintad.INR()
     sines = []
     inr.synthesis[0].register_forward_hook(lambda module, inputs, y: sines.append(y))
@@ -553,9 +555,9 @@ def test_processes_draw_noise_of_their_own(monkeypatch):
 @pytest.mark.parametrize("line", ["--prompt label", "--uniad --query per-class"])
 def test_a_variant_that_needs_the_class_gets_it_and_not_whether_there_is_a_defect(line):
     detector = noisy(small(f"{line} --size 24"))
-    samples = [data.Sample("", 1, cls, "") for cls in "bac"]
-    s, scores = mintad.detect(detector, IMAGES[:3], samples, [*"abc"], torch.device("cpu"))
-    expected = detector(PIXELS[:3], torch.tensor([1, 0, 2]))
+    samples = [data.Sample("", 1, cls, "") for cls in "bacabb"]
+    s, scores = mintad.detect(detector, IMAGES[:6], samples, [*"abc"], torch.device("cpu"))
+    expected = detector(PIXELS[:6], torch.tensor([1, 0, 2, 0, 1, 1]))
     close([torch.tensor(s), torch.tensor(scores)], expected[:2])
 
 
@@ -566,7 +568,10 @@ def test_texts_are_the_rows_of_the_models_classes_in_their_order(tmp_path):
     close(found, torch.cat([rows[cls] for cls in "abc"]))
 
 
-@pytest.mark.parametrize("line", ["", "--prompt label", "--no-cls-loss", "--prompt image"])
+KNOWN = "", "--prompt label", "--uniad --query per-class"
+
+
+@pytest.mark.parametrize("line", [*KNOWN, "--no-cls-loss", "--prompt image"])
 def test_mahalanobis_distance_is_by_the_training_images_of_the_class(line):
     """By their residuals in evaluation mode; by all images' where the class is unknown."""
     _, detector, *_ = train(line)
@@ -576,7 +581,7 @@ def test_mahalanobis_distance_is_by_the_training_images_of_the_class(line):
     expected = np.zeros((40, P))
     for k in range(3):
         mine = LABELS.numpy() == k
-        known = d[mine] if line in ("", "--prompt label") else d
+        known = d[mine] if line in KNOWN else d
         samples = [known[:, quarter == i].reshape(-1, C) for i in range(4)]
         moments = [x.T @ x / len(x) for x in samples]
         for i in range(4):

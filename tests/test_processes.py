@@ -178,6 +178,16 @@ def test_a_refused_run_fails_and_says_why_once(photos):
     assert len([line for line in ended.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
+@pytest.mark.parametrize("script", MODULES)
+def test_every_process_starts_from_the_same_weights(script, tiny, call, monkeypatch):
+    starts = []
+    monkeypatch.setattr(MODULES[script], "fit", lambda net, *_: starts.append(net.state_dict()))
+    for rank in 0, 1:
+        monkeypatch.setattr(MODULES[script], "RANK", rank)
+        call(script, *tiny, "--out", f"run{rank}")
+    torch.testing.assert_close(starts[0], starts[1], rtol=0, atol=0)
+
+
 def test_an_error_of_a_process_that_is_not_the_first_is_said(monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     for module in MODULES.values():

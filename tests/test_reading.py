@@ -145,9 +145,10 @@ def test_images_and_masks_are_resized_and_cropped_as_torchvision_does(tmp_path, 
 
 
 def test_cifar10_is_enlarged_by_lanczos_as_in_uniad(tmp_path):
-    image = data.Sample("cifar10/test/0", 0, "x", "x", pixels=RGB)
-    larger = Image.fromarray(RGB).resize((48, 48), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(data.decode([image], 48, cache=tmp_path)[0], larger)
+    for pixels in RGB, NOISE[..., 1:].copy():  # the cache tells them apart
+        image = data.Sample("cifar10/test/0", 0, "x", "x", pixels=pixels)
+        larger = Image.fromarray(pixels).resize((48, 48), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(data.decode([image], 48, cache=tmp_path)[0], larger)
 
 
 def test_images_are_found_once_each_and_other_files_of_a_folder_are_told(tmp_path, caplog):
@@ -252,7 +253,7 @@ def test_the_cache_is_used_again_without_reading_an_image(tmp_path, photos):
     np.testing.assert_array_equal(data.decode(photos, 16, None, tmp_path / "c"), first)
 
 
-@pytest.mark.parametrize("change", ["time", "resolution", "crop", "order"])
+@pytest.mark.parametrize("change", ["time", "resolution", "crop", "order", "folder"])
 def test_after_any_change_the_images_are_decoded_anew(tmp_path, photos, change):
     data.decode(photos, 16, None, tmp_path / "c")
     if change == "time":
@@ -260,6 +261,10 @@ def test_after_any_change_the_images_are_decoded_anew(tmp_path, photos, change):
         os.utime(photos[1].image, (1, 1))
     if change == "order":
         photos.reverse()
+    if change == "folder":
+        moved = trees.image(tmp_path / "folder/1.bmp", 9)
+        shutil.copystat(photos[1].image, moved)
+        photos[1] = sample(moved)
     size, crop = {"resolution": (18, None), "crop": (20, 16)}.get(change, (16, None))
     expected = data.decode(photos, size, crop, tmp_path / "other")
     np.testing.assert_array_equal(data.decode(photos, size, crop, tmp_path / "c"), expected)
