@@ -15,8 +15,9 @@ they fail is an anomaly.
 
     B batch, C channels, H, W height and width, N images, k = 1, 2, 3 scale, at strides 4, 8, 16
 
-    maps    list of three tensors B x C_k x H_k x W_k, from fine to coarse
-    S       anomaly map, B x H x W, as large as the image, which is size x size
+    maps      list of three tensors B x C_k x H_k x W_k, from fine to coarse
+    features  the encoder's maps and the decoder's
+    S         anomaly map, B x H x W, as large as the network's image
 
 Details and their sources; where paper and authors' code disagree, or this file differs, the line
 says so:
@@ -24,18 +25,20 @@ says so:
  1. Encoder: UniRepLKNet's stages 1 to 3, frozen, fused; each output passes a LayerNorm without
     learned values (the authors' norm0..2 are not in the ImageNet checkpoint, so stay 1 and 0). Or
     any timm CNN.
- 2. Bottleneck, decoder: Kaiming, fan out (transposed: torch's default); no bias outside blocks.
- 3. Eq. 4's index 0 is a slip for 1. Eq. 7 replaced Eq. 1, which --loss local-cosine still has.
-    Eq. 8 compares S^2 with a quantile of S (paper, authors' code).
+ 2. Bottleneck, decoder: convolutions start as Kaiming's, fan out (transposed and linear layers:
+    torch's default); no bias outside blocks.
+ 3. Eq. 4's index 0 is a slip for 1; its Psi is nearest in training, bilinear at test (authors'
+    code). Eq. 7 replaced Eq. 1, which --loss local-cosine still has. Eq. 8 compares S^2 with a
+    quantile of S (paper, authors' code).
  4. Test: S is blurred (sigma 4), the score its maximum (Reverse Distillation, the authors' first
     evaluation; SCORES has their later ones).
  5. AdamW, lr 5e-3, x 0.995 each epoch, weight decay 5e-5 (authors' code 1e-5), the last batch is
     kept (their unified scripts drop it). --arch rd: Adam of betas .5 and .999, a constant rate.
- 6. Several processes train as one: each takes its share of a batch through the network, the loss
-    is that of the whole batch. So is BatchNorm on GPUs; torch has none for CPUs, and there each
-    process normalises by its own images.
+ 6. Several processes train as one: each takes its share of a batch through the network, and the
+    loss is that of the whole batch. BatchNorm's statistics too are the whole batch's on GPUs; torch
+    has no such layer for CPUs, where they are of each process's own images.
  7. Each epoch sets the order of the images from (seed, epoch), so that a checkpoint alone goes on
-    bit for bit.
+    with the same batches, on a CPU bit for bit.
 """
 
 import argparse
@@ -65,7 +68,7 @@ import metrics
 
 SAVE_EVERY = 60  # seconds between checkpoints
 
-# Flag: default, help. None is a text that may be left out. CHOICES, beside the parser, has what can
+# Flag: default, help; None: a text that may be left out. CHOICES, beside the parser, has what can
 # be chosen; PRESETS have the paper's values for each set. A checkpoint keeps all of these.
 SETTINGS = {
     "data": ("toy", f"{', '.join(data.SETS)}; several as mvtec+visa"),
@@ -89,7 +92,7 @@ SETTINGS = {
     "weight_decay": (5e-5, "authors' code 1e-5"),
     "amp": (False, "train in bfloat16; evaluation is in float32, TF32 on a GPU"),
     "seed": (1, "of weights and batches"),
-    "score": ("max", "of a map; top1, max5: the authors' later ones"),
+    "score": ("max", "an image's, from S; top1, max5: the authors' later ones"),
 }
 ACTIONS = {
     "out": (None, "a new or empty folder; default runs/minimaxad-DATA-SETTING"),
@@ -105,11 +108,13 @@ ACTIONS = {
 # Feature-rich sets take adc (MiniMaxAD-fr), the others global (MiniMaxAD-fp). Unified models have
 # the defaults (for VisA the authors' code has 160 epochs).
 SEPARATE = {  # a model per class; a set that is not here starts from VisA's, its nearest
-    "goodsad": {"size": 224, "epochs": 240},
-    "mad": {"size": 400, "epochs": 150},
+    "goodsad": {"epochs": 240},
+    "mad": {"epochs": 150},
     "visa": {"epochs": 130, "loss": "global"},  # authors' code 150 epochs
 }
-PRESETS = {  # of a set in either setting; what the paper has none for is its nearest set's
+PRESETS = {  # the same in both settings; what the paper has none for is its nearest set's
+    "goodsad": {"size": 224},
+    "mad": {"size": 400},
     "aebad": {"crop": 224, "epochs": 130, "loss": "global"},
     "folder": {"epochs": 240, "loss": "adc", "holdout": 0.1},
     "cifar10": {"unified": True, "epochs": 100, "loss": "adc", "score": "mean"},
@@ -124,6 +129,7 @@ PRESETS = {  # of a set in either setting; what the paper has none for is its ne
     },
 }
 RD = {  # Reverse Distillation's own
+    "arch": "rd",
     "backbone": "wide_resnet50_2.tv_in1k",
     "epochs": 200,
     "gamma": 1.0,
@@ -222,7 +228,8 @@ class Block(nn.Module):
         y = self.se(self.norm(self.dwconv(x)))
         y = F.gelu(self.pwconv1(y.permute(0, 2, 3, 1)))  # B x H x W x 4C
         y = self.pwconv2(self.grn(y)).permute(0, 3, 1, 2)  # B x C x H x W
-        return torch.addcmul(x, self.gamma.view(-1, 1, 1), self.norm2(y))  # x + gamma * norm2(y)
+        # x + gamma * norm2(y): gamma scales the layer, it is not Eq. 6's
+        return torch.addcmul(x, self.gamma.view(-1, 1, 1), self.norm2(y))
 
     def fuse(self):
         """Becomes a block for inference, of the same output: one convolution, no BatchNorm."""
@@ -263,8 +270,16 @@ class ConvNorm(nn.Sequential):
         self[1] = nn.Identity()
 
 
+def halving(in_channels, out_channels):
+    """A convolution, 3 x 3, that halves the size, and its BatchNorm."""
+    return ConvNorm(conv(in_channels, out_channels, 3, stride=2))
+
+
 class Residual(nn.Module):
-    """ResNet's block, basic (width = out) or bottleneck; resize: None, "halve" or "double"."""
+    """ResNet's block: basic, as ResNet-18's, if width is out_channels, else a bottleneck.
+
+    resize: None, "halve" or "double".
+    """
 
     def __init__(self, in_channels, width, out_channels, resize=None):
         super().__init__()
@@ -300,7 +315,8 @@ def residual_stage(in_channels, width, out_channels, resize, depth):
 
 @torch.no_grad()
 def fuse(network):
-    """A frozen copy for inference, of the same output: its blocks without BatchNorm."""
+    """A frozen copy for inference, of the same output: BatchNorm and small kernels are folded into
+    the convolutions."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in list(network.modules()):
         if isinstance(module, Block | ConvNorm):
@@ -357,9 +373,9 @@ class UniRepLKNet(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """A timm CNN's maps; its decoder has as many blocks as UniRepLKNet-N's."""
+    """A timm CNN's maps; ours: the blocks of its decoder are UniRepLKNet-N's."""
 
-    def __init__(self, name, weights="none"):
+    def __init__(self, name, weights):
         super().__init__()
         with data.explain(f"--backbone {name}: no such timm CNN"):
             with torch.device("meta"):
@@ -441,11 +457,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, maps):
         x = torch.cat([self.from1(maps[0]), self.from2(maps[1]), maps[2]], 1)
-        return self.compress(x)  # B x 3C_3 x H_3 x W_3 -> B x 2C_3 x H_3/2 x W_3/2
-
-
-def halving(in_channels, out_channels):
-    return ConvNorm(conv(in_channels, out_channels, 3, stride=2))
+        return self.compress(x)  # B x 3C_3 x H_3 x W_3 -> B x 2C_3 x H_3/2 x W_3/2, rounded up
 
 
 def minimax(encoder):
@@ -479,6 +491,8 @@ def reverse_distillation(encoder):
     return Bottleneck(outputs, compress), stages
 
 
+# Of an encoder: a module, three maps -> a map of half the third's size; and the decoder's stages,
+# from coarse to fine, each of which doubles the size.
 ARCHS = {"minimax": minimax, "rd": reverse_distillation}
 
 
@@ -519,14 +533,14 @@ def pairs(encoder_maps, decoder_maps):
 
 
 def cosine_distances(encoder_maps, decoder_maps):
-    """Eq. 3: M of each scale, B x H_k x W_k, 0 where both maps have one direction, at most 2."""
+    """Eq. 3: M of each scale, B x H_k x W_k, 0 where both vectors point the same way, at most 2."""
     return [1 - F.cosine_similarity(e, d, dim=1) for e, d in pairs(encoder_maps, decoder_maps)]
 
 
 def anomaly_map(encoder_maps, decoder_maps, size, mode):
-    """Eq. 4: S, B x H x W with (H, W) = size or (size, size).
+    """Eq. 4: S, B x size x size.
 
-    mode: how scales are resized, "nearest" (training) or "bilinear" with aligned corners (test).
+    mode: Psi, "nearest" (training) or "bilinear" with aligned corners (test).
     """
     S = 0
     for M in cosine_distances(encoder_maps, decoder_maps):
@@ -574,7 +588,7 @@ def adc_pixels(S, p_hard=0.9999, p_lim=0.9995):
     sigma2 = S.var()
     A = (squares >= alpha - sigma2).sum()
     least = S.numel() * (1 - p_lim)  # script B in the paper
-    least = max(1, least)  # ours: with p_lim 1 alpha may mine nothing
+    least = max(1, least)  # ours: of p_lim 1 it is 0, and the mean over no pixel nan
     return squares >= torch.where(A >= least, alpha, beta) - sigma2
 
 
@@ -590,13 +604,13 @@ def local_hm_loss(S, p_lim=0.9995):
     return squares[squares >= beta].mean()
 
 
-# Of a batch's maps, the encoder's and the decoder's, S (Eq. 4), and the settings of the run.
+# Of the features and S of a whole batch, and the settings of the run.
 LOSSES = {
-    "adc": lambda maps, S, args: adc_loss(S, args.p_hard, args.p_lim),
-    "global": lambda maps, S, args: global_loss(*maps),
-    "local": lambda maps, S, args: local_loss(S),
-    "local-hm": lambda maps, S, args: local_hm_loss(S, args.p_lim),
-    "local-cosine": lambda maps, S, args: local_cosine_loss(*maps),
+    "adc": lambda features, S, args: adc_loss(S, args.p_hard, args.p_lim),
+    "global": lambda features, S, args: global_loss(*features),
+    "local": lambda features, S, args: local_loss(S),
+    "local-hm": lambda features, S, args: local_hm_loss(S, args.p_lim),
+    "local-cosine": lambda features, S, args: local_cosine_loss(*features),
 }
 
 # ----------------------------------------------------------------------------------- map and score
@@ -617,41 +631,40 @@ def mean_of_top(S):
 
 SCORES = {  # radius and border of the blur (reflect: c b a | a b c), and what is taken of it
     "max": (16, "reflect", lambda S: S.amax((1, 2))),  # the authors' first evaluation
-    "mean": (16, "reflect", lambda S: S.mean((1, 2))),
+    "mean": (16, "reflect", lambda S: S.mean((1, 2))),  # ours, of CIFAR-10, as UniAD's
     "top1": (2, "constant", mean_of_top),  # their later one
-    "max5": (2, "constant", lambda S: S.amax((1, 2))),  # of VisA, a model per class
+    "max5": (2, "constant", lambda S: S.amax((1, 2))),  # theirs, of separate VisA
 }
 
 
 class Detector(nn.Module):
-    """The fused network: image B x 3 x size x size in 0..1 -> map B x size x size, score B.
+    """The fused network: image B x 3 x H x H in 0..1 -> S, B x H x H, and score, B.
 
     model: a MiniMaxAD. score: of SCORES.
     """
 
-    def __init__(self, model, size, score="max"):
+    def __init__(self, model, score="max"):
         super().__init__()
         self.model = copy.deepcopy(model).eval()
         self.model.bottleneck = fuse(model.bottleneck)
         self.model.decoder = fuse(model.decoder)
-        self.size = size
         self.score = score
 
     def forward(self, image):
         radius, border, pool = SCORES[self.score]
-        S = anomaly_map(*self.model(image), self.size, "bilinear")
+        S = anomaly_map(*self.model(image), image.shape[-1], "bilinear")
         S = blur(S, radius, border)
         return S, pool(S)
 
 
 @torch.no_grad()
 def infer(detector, images, device):
-    """Maps N x size x size and scores N of uint8 images N x size x size x 3, as arrays."""
+    """S, N x H x H, and scores, N, of uint8 images N x H x H x 3, as arrays."""
     outputs = []
     B = 4 if device.type == "cpu" else 32
     for i in range(0, len(images), B):
         image = torch.tensor(images[i : i + B]).to(device)
-        image = image.permute(0, 3, 1, 2).float() / 255  # B x 3 x size x size
+        image = image.permute(0, 3, 1, 2).float() / 255  # B x 3 x H x H
         outputs.append([x.cpu().numpy() for x in detector(image)])
     return [np.concatenate(x) for x in zip(*outputs, strict=True)]
 
@@ -667,15 +680,15 @@ WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 def whole_batch(x, count):
     """x of all images of the batch, with the gradient of this process's only.
 
-    x: B x .. of this process's images, batch[RANK::WORLD], maybe none. count: images of the batch.
+    x: B x .. of this process's images, batch[RANK::WORLD]. count: images of the batch.
     """
     if WORLD == 1:
         return x
     most = math.ceil(count / WORLD)  # images of a process
-    mine = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]).contiguous()
-    parts = [torch.empty_like(mine) for _ in range(WORLD)]
-    dist.all_gather(parts, mine.detach())
-    parts[RANK] = mine
+    own = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]).contiguous()
+    parts = [torch.empty_like(own) for _ in range(WORLD)]
+    dist.all_gather(parts, own.detach())
+    parts[RANK] = own
     whole = torch.stack(parts, 1).flatten(0, 1)  # in the batch's order, what was missing at its end
     return whole[:count]
 
@@ -697,40 +710,41 @@ def make_optimizer(parameters, args):
     return torch.optim.AdamW(parameters, betas=(0.9, 0.999), **options)
 
 
-def train(model, pixels, state, args, device):
-    """Train bottleneck and decoder on images, uint8 N x size x size x 3, from where the state
-    stopped."""
+def train(model, images, state, args, device):
+    """Train bottleneck and decoder on uint8 images N x H x H x 3, from where the state stopped."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, args)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     if WORLD > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+        for part in model.bottleneck, model.decoder:  # a timm encoder has BatchNorms of its own
+            nn.SyncBatchNorm.convert_sync_batchnorm(part)  # in place
     elif WORLD > 1:
         log.info("note: on CPUs BatchNorm is over each process's images, not the global batch")
 
-    size = args.crop or args.size
     saved_at = time.time()
     for epoch in range(state["epoch"], args.epochs):
         start = time.time()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.gamma**epoch  # ExponentialLR
         seed = 1_000_003 * args.seed + epoch
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-        batches = order.to(pixels.device).split(args.batch_size)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        batches = order.to(images.device).split(args.batch_size)
         model.train()
         model.encoder.eval()
         losses = 0
         for batch in batches:
-            part = batch[RANK::WORLD]  # this process's share, maybe none
-            image = pixels[part].to(device).permute(0, 3, 1, 2)  # B x 3 x size x size
+            part = batch[RANK::WORLD]  # this process's share
+            if len(part) == 0:  # none is left for it: one that does not count, but in BatchNorm
+                part = batch[:1]
+            image = images[part].to(device).permute(0, 3, 1, 2)  # B x 3 x H x H
             image = image.contiguous().float() / 255
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                maps = model(image)
-            # In bfloat16 a cosine distance would be rounded to .004.
-            maps = [[whole_batch(x.float(), len(batch)) for x in scales] for scales in maps]
-            S = anomaly_map(*maps, size, "nearest")
-            loss = LOSSES[args.loss](maps, S, args)
+                features = model(image)
+            # In bfloat16 a cosine near 1 has steps of .004.
+            features = [[whole_batch(x.float(), len(batch)) for x in maps] for maps in features]
+            S = anomaly_map(*features, image.shape[-1], "nearest")
+            loss = LOSSES[args.loss](features, S, args)
 
             optimizer.zero_grad()
             loss.backward()
@@ -741,7 +755,7 @@ def train(model, pixels, state, args, device):
         loss = losses.item() / len(batches)
         if not nn.utils.parameters_to_vector(parameters).isfinite().all():
             raise data.UserError(f"diverged in epoch {epoch + 1}: lower --lr")
-        text = f"{args.loss} loss {loss:.5f}, {last_batch(maps, S, args)}"
+        text = f"{args.loss} loss {loss:.5f}, {last_batch(features, S, args)}"
         seconds = time.time() - start
         log.info(f"{state['name']} epoch {epoch + 1}/{args.epochs}: {text}, {seconds:.1f} s")
         state["epoch"] = epoch + 1
@@ -751,12 +765,13 @@ def train(model, pixels, state, args, device):
 
 
 @torch.no_grad()
-def last_batch(maps, S, args):
-    """Text: the pixels that Eq. 8 mines (Fig. 4a), the variance of normalised maps (Fig. 3c)."""
+def last_batch(features, S, args):
+    """Text: the pixels that Eq. 8 mines, whatever the loss (Fig. 4a), and the variance of
+    normalised maps (Fig. 3c), in our reading: at most the sum of 1 / C_k over the scales."""
     mined = adc_pixels(S, args.p_hard, args.p_lim).sum()
     variances = []
-    for scales in maps:  # the encoder's, the decoder's
-        variances.append(sum(F.normalize(x, dim=1).var(correction=0) for x in scales))
+    for maps in features:
+        variances.append(sum(F.normalize(x, dim=1).var(correction=0) for x in maps))
     return (
         f"mined by Eq. 8 {mined} of {S.numel()} pixels, "
         f"variance of the encoder's maps {variances[0]:.5f}, the decoder's {variances[1]:.5f}"
@@ -767,24 +782,24 @@ def last_batch(maps, S, args):
 
 
 def fit(model, state, args, samples, images, device):
-    """Train on the samples of the state's classes, uint8 images N x size x size x 3; then find what
-    a threshold needs. Leaves checkpoints in args.out."""
+    """Train on the samples of the state's classes, uint8 images N x H x H x 3; then find what a
+    threshold needs. Leaves checkpoints in args.out."""
     index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
     held = data.hold_out([samples[i] for i in index], args.holdout)
-    trained = index[~held]
-    digest = data.digest([samples[i] for i in trained])
+    training = index[~held]
+    digest = data.digest([samples[i] for i in training])
     if state["digest"] not in (None, digest):
         raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
     state["digest"] = digest
 
-    pixels = torch.from_numpy(images[trained])
-    if device.type == "cuda" and pixels.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]:
-        pixels = pixels.to(device)
-    train(model, pixels, state, args, device)
+    train_images = torch.from_numpy(images[training])
+    if device.type == "cuda" and train_images.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]:
+        train_images = train_images.to(device)
+    train(model, train_images, state, args, device)
 
     chosen = data.calibration_images([samples[i] for i in index], held)
     normal = [samples[i] for i in index[chosen]]
-    detector = Detector(model, args.crop or args.size, args.score)
+    detector = Detector(model, args.score)
     S, scores = infer(detector, images[index[chosen]], device)
     state["calibration"] = metrics.calibrate(S, scores, normal, held[chosen])
     state["trained"] = True
@@ -841,7 +856,7 @@ def run(args, states, device):
     torch.manual_seed(0)  # an untrained encoder is the same for all seeds and processes
     weights = args.weights if training and not states else "none"
     encoder = load_encoder(args.backbone, weights)
-    if states:  # a checkpoint holds its tensors
+    if states:  # whose tensors are in the checkpoints: this fills it
         make_model(args, states[0], encoder)
 
     if training:
@@ -874,18 +889,19 @@ def run(args, states, device):
 
 def test(model, state, args, samples, images, masks, device):
     """{row: metrics} of the test images of the model's classes, one row of the table at a time."""
-    detector = Detector(model, args.crop or args.size, args.score)
-    trained = {sample.row for sample in samples if sample.cls in state["classes"]}
+    detector = Detector(model, args.score)
+    rows = {sample.row for sample in samples if sample.cls in state["classes"]}
     results = {}
-    for row in dict.fromkeys(sample.row for sample in samples if sample.row in trained):
+    for row in dict.fromkeys(sample.row for sample in samples if sample.row in rows):
         index = [i for i, sample in enumerate(samples) if sample.row == row]
-        mine = [samples[i] for i in index]
-        pixels = images[index]
-        S, scores = infer(detector, pixels, device)
-        results[row] = metrics.evaluate(mine, scores, S, masks[index])
+        its = [samples[i] for i in index]
+        its_images = images[index]
+        S, scores = infer(detector, its_images, device)
+        results[row] = metrics.evaluate(its, scores, S, masks[index])
         if args.save_maps:
-            folder = Path(args.out, "maps", row)
-            metrics.save_maps(folder, pixels, mine, scores, S, masks[index], state["calibration"])
+            where = Path(args.out, "maps", row)
+            known = masks[index], state["calibration"]
+            metrics.save_maps(where, its_images, its, scores, S, *known)
     return results
 
 
@@ -1017,14 +1033,15 @@ mean  66.8  84.7
 
 
 def published(args, rows):
-    """The paper's figures, {row: {metric: value}}, beside its model however trained; else {}."""
+    """The paper's figures, {row: {metric: value}}; {} where the model is not the paper's, trained
+    however long."""
     theirs = {key: default for key, (default, _) in SETTINGS.items()} | preset_of(args)
-    own = ["size", "crop", "backbone", "score"]
+    own = ["size", "crop", "arch", "backbone", "score"]
     if args.arch == "rd":
         own.append("loss")
     if args.unified:
         own.append("classes")  # of fewer it is another model
-    if any(vars(args)[key] != theirs[key] for key in own):
+    if args.weights == "none" or any(vars(args)[key] != theirs[key] for key in own):
         return {}
     method = "rd" if args.arch == "rd" else args.loss
     header, *lines = TABLES.get((args.data, args.unified), "").strip().split("\n")
@@ -1055,7 +1072,7 @@ def known_class(args, state):
 def predict(args, state, model, device):
     """Score, verdict and picture of each image of --predict; True if all could be read."""
     name = known_class(args, state)
-    detector = Detector(model, args.crop or args.size, args.score)
+    detector = Detector(model, args.score)
     paths = data.find_images(args.predict)
     open_folder(args)
     thresholds = metrics.thresholds(state["calibration"], args.quantile, [name])
@@ -1069,8 +1086,8 @@ def predict(args, state, model, device):
 
 
 class Program(nn.Module):
-    """What --export writes: photos as they are, uint8 B x 3 x H x W of any H and W, RGB -> map
-    S: B x size x size, score: B, threshold: B."""
+    """What --export writes: photos as they are, uint8 B x 3 x H x W of any H and W, RGB -> S of the
+    resized and cropped photo, score: B, threshold: B."""
 
     def __init__(self, detector, size, crop, threshold):
         super().__init__()
@@ -1088,7 +1105,7 @@ def export(args, state, model):
     """Write a torch.export program, which needs nothing but torch."""
     name = known_class(args, state)
     thresholds = metrics.thresholds(state["calibration"], args.quantile, [name])
-    detector = Detector(model, args.crop or args.size, args.score)
+    detector = Detector(model, args.score)
     program = Program(detector, args.size, args.crop, thresholds[name]).eval()
     program.requires_grad_(False)
     shapes = {0: "B", 2: "H", 3: "W"}
@@ -1154,7 +1171,7 @@ def parse_args(argv=None):
     What is not typed comes from the set's preset, or with --eval and --resume from that run.
     """
     parser = get_parser()
-    untyped = argparse.Namespace(**dict.fromkeys(SETTINGS | ACTIONS))
+    untyped = argparse.Namespace(**dict.fromkeys(SETTINGS | ACTIONS))  # stands for the defaults
     typed = vars(parser.parse_args(argv, untyped))
     typed = {key: value for key, value in typed.items() if value is not None}
     args = parser.parse_args([])

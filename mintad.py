@@ -45,7 +45,7 @@ Details of the implementation and where each comes from:
     images of the class, one for each quarter of the image. Eq. 1's classifier says which class.
  8. The label and image prompts of Table 4 are one linear layer each, which is our reading.
  9. Each epoch sets the random state from (seed, epoch, process), so that an interrupted run goes on
-    from its checkpoint bit for bit.
+    from its checkpoint with the same batches and noise, on a CPU bit for bit.
 """
 
 import argparse
@@ -905,14 +905,14 @@ def fit(detector, state, args, samples, images, device):
     what --distance and a threshold need. Leaves checkpoints in args.out."""
     index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
     held = data.hold_out([samples[i] for i in index], args.holdout)
-    trained = index[~held]
-    digest = data.digest([samples[i] for i in trained])
+    training = index[~held]
+    digest = data.digest([samples[i] for i in training])
     if state["digest"] not in (None, digest):
         raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
     state["digest"] = digest
 
-    features = Features(detector.backbone, images, trained, device)
-    labels = class_index([samples[i] for i in trained], state["classes"])
+    features = Features(detector.backbone, images, training, device)
+    labels = class_index([samples[i] for i in training], state["classes"])
     if features.kept is not None:
         labels = labels.to(features.kept.device)
     if not args.uniad:
@@ -998,7 +998,7 @@ def run(args, states, device):
     torch.manual_seed(0)  # an untrained backbone is the same for all seeds and processes
     weights = args.weights if training and not states else "none"
     backbone = Backbone(args.backbone, weights, args.size, args.levels, args.pool)
-    if states:  # a checkpoint holds its tensors
+    if states:  # whose tensors are in the checkpoints: this fills it
         make_detector(args, states[0], backbone)
 
     if training:
@@ -1028,17 +1028,18 @@ def run(args, states, device):
 
 def test(detector, state, args, samples, images, masks, device):
     """{row: metrics} of the test images of the model's classes, one row of the table at a time."""
-    trained = {sample.row for sample in samples if sample.cls in state["classes"]}
+    rows = {sample.row for sample in samples if sample.cls in state["classes"]}
     results = {}
-    for row in dict.fromkeys(sample.row for sample in samples if sample.row in trained):
+    for row in dict.fromkeys(sample.row for sample in samples if sample.row in rows):
         index = [i for i, sample in enumerate(samples) if sample.row == row]
-        mine = [samples[i] for i in index]
-        pixels = images[index]
-        s, scores = detect(detector, pixels, mine, state["classes"], device)
-        results[row] = metrics.evaluate(mine, scores, s, masks[index])
+        its = [samples[i] for i in index]
+        its_images = images[index]
+        s, scores = detect(detector, its_images, its, state["classes"], device)
+        results[row] = metrics.evaluate(its, scores, s, masks[index])
         if args.save_maps:
-            folder = Path(args.out, "maps", row)
-            metrics.save_maps(folder, pixels, mine, scores, s, masks[index], state["calibration"])
+            where = Path(args.out, "maps", row)
+            known = masks[index], state["calibration"]
+            metrics.save_maps(where, its_images, its, scores, s, *known)
     return results
 
 
@@ -1149,7 +1150,8 @@ TABLES = {  # (set, unified): the table, and where a metric's two columns begin
 
 
 def published(args, rows):
-    """The paper's figures, {row: {metric: value}}, beside its model however trained; else {}."""
+    """The paper's figures, {row: {metric: value}}; {} where the model is not the paper's, trained
+    however long."""
     table, columns = TABLES.get((args.data, args.unified), ("", {}))
     own = ["size", "backbone", "levels", "pool", "query", "prompt", "adapter", "cls_loss"]
     own += ["prior_loss", "literal", "distance", "score"]
@@ -1160,7 +1162,7 @@ def published(args, rows):
         theirs |= UNIAD
     if args.data == "cifar10":
         theirs |= PRESETS["cifar10"]
-    if any(vars(args)[key] != theirs[key] for key in own):
+    if args.weights == "none" or any(vars(args)[key] != theirs[key] for key in own):
         return {}
     result = {}
     for line in table.split("\n")[1:-1]:
@@ -1292,7 +1294,7 @@ def parse_args(argv=None):
     What is not typed comes from the set's preset, or with --eval and --resume from that run.
     """
     parser = get_parser()
-    untyped = argparse.Namespace(**dict.fromkeys(SETTINGS | ACTIONS))
+    untyped = argparse.Namespace(**dict.fromkeys(SETTINGS | ACTIONS))  # stands for the defaults
     typed = vars(parser.parse_args(argv, untyped))
     typed = {key: value for key, value in typed.items() if value is not None}
     args = parser.parse_args([])

@@ -133,7 +133,7 @@ def bench_minimaxad(args, device, batches):
     encoder = minimaxad.load_encoder(args.backbone, args.weights)
     model = minimaxad.MiniMaxAD(encoder, args.arch).eval()
     side = args.crop or args.size
-    detector = minimaxad.Detector(model, side, args.score).to(device)
+    detector = minimaxad.Detector(model, args.score).to(device)
     print(f"storage: {mebibytes(model):.1f} MiB to train, {mebibytes(detector):.1f} MiB fused")
     print("    the paper: 119 MB, if MiB the fused network without the last downsampling")
     for B in batches:

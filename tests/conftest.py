@@ -164,7 +164,7 @@ def shrink(monkeypatch):
 TINY = "--data folder --root photos --unified --size 64 --weights none --epochs 3 --batch-size 4"
 BACKBONE = {
     "mintad": "--backbone test_efficientnet --optimizer adamw --pool bilinear --distance euclidean",
-    "minimaxad": "--backbone tiny --size 72 --crop 64",
+    "minimaxad": "--backbone tiny --size 72 --crop 64 --score mean",
 }
 
 

@@ -194,7 +194,6 @@ minimaxad --data goodsad: size=224 crop=0 epochs=240 loss=adc batch_size=16 lr=0
 minimaxad --data mad: size=400 epochs=150 loss=adc p_hard=0.9999 p_lim=0.9995 weight_decay=5e-05
 minimaxad --data mad --arch rd: size=400 epochs=200 loss=global lr=0.005 gamma=1.0 weight_decay=0.0
 minimaxad --data mad --arch rd: backbone=wide_resnet50_2.tv_in1k batch_size=16
-minimaxad --data mad --arch rd --epochs 3: epochs=3
 minimaxad --data mvtec --unified: size=256 crop=0 epochs=100 loss=adc backbone=unireplknet_n
 minimaxad --data visa: size=256 crop=0 epochs=130 loss=global score=max
 minimaxad --data mvtec: size=256 epochs=130 loss=global

@@ -285,13 +285,13 @@ HELD_OUT = [
 
 @pytest.mark.parametrize("classes, share, expected", HELD_OUT)
 def test_an_even_share_of_each_class_but_never_all_is_held_out(classes, share, expected):
-    samples = [data.Sample("", 0, cls, cls) for cls in classes]
+    samples = [data.Sample("", 0, cls, "row") for cls in classes]
     assert np.flatnonzero(data.hold_out(samples, share)).tolist() == expected
 
 
 def test_many_classes_each_have_calibration_images_of_their_own():
     """2,000 of a, of which every second was held out, 3 of b of which none: evenly 500 of a."""
-    samples = [data.Sample("", 0, cls, cls) for cls in ["a"] * 2000 + ["b"] * 3]
+    samples = [data.Sample("", 0, cls, "row") for cls in ["a"] * 2000 + ["b"] * 3]
     held = np.arange(2003) % 2 == 1
     held[2000:] = False
     chosen = data.calibration_images(samples, held)

@@ -214,7 +214,7 @@ def test_the_fused_network_takes_the_papers_119_mb(name, c, kernels):
     with torch.device("meta"):
         encoder = minimaxad.UniRepLKNet(f"unireplknet_{name}")
         model = minimaxad.MiniMaxAD(minimaxad.fuse(encoder))
-    count = sum(x.numel() for x in minimaxad.Detector(model, 256).state_dict().values())
+    count = sum(x.numel() for x in minimaxad.Detector(model).state_dict().values())
     assert count == 2 * stages + stem + down + fusion + up
     assert name != "n" or 4 * count // 2**20 == 119  # Sec. 1: "just 119MB of storage"
 
@@ -459,7 +459,7 @@ def test_the_map_is_s_blurred_with_sigma_4_and_the_score_its_pool(score, border,
         S = S + ndimage.zoom(M, 64 // len(M), order=1)  # Eq. 4, corners aligned
     expected = ndimage.gaussian_filter(S, 4, **border)
 
-    detector = minimaxad.Detector(model, 64, score)
+    detector = minimaxad.Detector(model, score)
     found, scores = minimaxad.infer(detector, PIXELS, torch.device("cpu"))
     np.testing.assert_allclose(found[4], expected, atol=1e-4)
     assert scores[4] == pytest.approx(pool(expected), rel=1e-4)
