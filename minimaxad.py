@@ -1211,7 +1211,8 @@ def saved_states(typed):
     else:
         states = read_states(typed["eval"], "--eval")
         free |= {"classes"}
-        if not ("predict" in typed or "export" in typed):  # their thresholds are the run's
+        calibrated = {"predict", "export", "save_maps"}  # as the run was
+        if not typed.keys() & calibrated:
             free |= {"score"}
         if not all(state["trained"] for state in states):
             raise data.UserError(

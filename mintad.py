@@ -4,7 +4,7 @@ transformer is an implicit neural representation of the image's class.
 
     python mintad.py                                              # built-in toy set, no download
     python mintad.py --data mvtec --unified                       # the paper's main setting
-    torchrun --nproc_per_node=4 mintad.py --data mvtec --unified  # on four GPUs, the same batches
+    torchrun --nproc_per_node=4 mintad.py --data mvtec --unified  # the same batches on four GPUs
     python mintad.py --data mvtec                                 # one model per class: "separate"
     python mintad.py --data visa --unified --uniad                # the UniAD baseline
     python mintad.py --data folder --root photos --unified        # your own photos
@@ -15,7 +15,7 @@ transformer is an implicit neural representation of the image's class.
     f   : B x P x C    features of a frozen backbone, stages 1-4 resized to stage 4 and concatenated
     f'  : B x P x C    adapter of the standardised f, one linear layer; f_ in the code
     z   : B x Z        class token of f', the layer before the classification head
-    q   : B x P x D    INR(positions, z), the transformer decoder's query; q -> mu, log sigma of f'
+    q   : B x P x D    INR(positions, z) -> mu, log sigma of f'; the transformer decoder's query
     r   : B x P x C    f' reconstructed by the transformer
     s   : B x size x size    anomaly map, ||f' - r|| at each position, enlarged to the image
 
@@ -25,18 +25,18 @@ transformer is an implicit neural representation of the image's class.
 Details of the implementation and where each comes from:
 
  1. Backbone: levels of stride 2, 4, 8, 16 (--levels 5: 32 too), sampled at the positions of stride
-    16 with aligned corners. That reads 4 of the 64 values under a position of the finest level;
-    ours, --pool area, takes the mean of all.
+    16 with aligned corners: C = 272 (Tables 11, 12 have b0's channels, and 324). That reads 4 of
+    the 64 values under a position of the finest level; ours, --pool area, takes the mean of all.
  2. Features are standardised by the training features' mean and deviation of each channel. The
     paper does not say so, but without it a few channels of large scale are nearly the whole loss.
     --uniad takes raw features, as its authors.
- 3. Eq. 4 and 5 are likelihoods of the original features, where Eq. 3 starts, which adds log|det W|
-    to both; nothing is detached (objective; README, "What keeps MINT-AD from collapsing").
-    --literal leaves the determinants out, as printed. log sigma stays within -5 and 5.
+ 3. Eq. 3 starts from the original features, which adds log|det W| to Eq. 4. Ours: to Eq. 5 as well,
+    which is a likelihood, too (objective; README, "What keeps MINT-AD from collapsing"). --literal
+    leaves the determinants out, as printed. Nothing is detached. log sigma stays within -5 and 5.
  4. INR: Table 13 and a linear output layer, 602,368 weights, which is Table 9's 0.602 M. Sec. 3.3
     speaks of amplitude, phase and frequency; Eq. 8, and so this file, modulates the amplitude. The
-    paper has no initialisation for it and the class token; here SIREN's, and Kaiming's with care
-    (INR, FeaturePrompt).
+    paper has no initialisation for it and the class token; here SIREN's and Kaiming's (see INR,
+    FeaturePrompt).
  5. Transformer: UniAD's layers, 4 + 4 (Table 15; the text says 6), post-norm, one q for all decoder
     layers, learned positions added to queries and keys, jitter on the input tokens.
  6. AdamW, lr x 0.1 after 80 % of the steps, gradient norm clipped at 0.1 (UniAD), batch 32. An --lr
@@ -80,8 +80,9 @@ JITTER = 20.0  # UniAD
 CLIP = 0.1  # UniAD
 SAVE_EVERY = 60  # seconds between checkpoints
 
-# Flag: default, help. The defaults are the paper's; None is a text that may be left out. CHOICES,
-# beside the parser, has what can be chosen. A checkpoint keeps all of these.
+# Flag: default, help; None: a text that may be left out. The defaults are the paper's, but for the
+# data and details 2 and 3. CHOICES, beside the parser, has what can be chosen. A checkpoint keeps
+# all of these.
 SETTINGS = {
     "data": ("toy", f"{', '.join(data.SETS)}; several as mvtec+visa"),
     "root": (None, "where the data lies, if not in data/NAME"),
@@ -122,7 +123,7 @@ ACTIONS = {
     "export": (None, "with --eval: write a torch.export program, FILE.pt2"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "or cuda:N, mps"),
 }
-PRESETS = {  # what is not the paper's
+PRESETS = {  # by data set; toy's and folder's are ours
     "toy": {
         "unified": True,
         "backbone": "tf_efficientnet_b0",
@@ -176,7 +177,7 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(EncoderLayer):
     """UniAD's: q attends to the encoder memory, the result to the previous layer's output.
 
-    The names are those of its authors' weights: self_attn is not one.
+    Named as in its authors' weights, though self_attn attends to the memory.
     """
 
     def __init__(self, D):
@@ -217,16 +218,16 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, f, queries, mask=None, token=None):
-        """f: B x P x C; queries: L of B or 1 x P x D; mask: P x P, True = hidden; token: B x 1 x D.
+    def forward(self, tokens, queries, mask=None, token=None):
+        """tokens: B x P x C; queries: L, each B or 1 x P x D; mask: P x P, True = hidden.
 
-        The token goes along and is cut off: with it queries and mask have P + 1 positions.
+        token: B x 1 x D, one more, cut off at the end: queries and mask have P + 1 positions.
         """
-        B, P, _ = f.shape
+        B, P, C = tokens.shape
         if self.training:  # UniAD's jitter: noise in proportion to each token's length
-            scale = JITTER * f.norm(dim=-1, keepdim=True) / f.shape[-1]
-            f = f + torch.randn_like(f) * scale
-        x = self.input_proj(f)  # B x P x D
+            scale = JITTER * tokens.norm(dim=-1, keepdim=True) / C
+            tokens = tokens + torch.randn_like(tokens) * scale
+        x = self.input_proj(tokens)  # B x P x D
 
         row = self.row_embed.weight.unsqueeze(1)  # H x 1 x D/2
         col = self.col_embed.weight.unsqueeze(0)  # 1 x W x D/2
@@ -254,8 +255,7 @@ def mlp(act, *widths):
 class Prompt(nn.Module):
     """f', B x P x C, and labels, B -> class token z, B x Z; logits, B x K, or None: no classifier.
 
-    This one has neither: for a learned query without prior and classifier, where nothing uses z
-    (Table 5).
+    This one returns neither: for Table 5's learned query alone, where nothing uses z.
     """
 
     needs_label = False
@@ -275,16 +275,16 @@ class FeaturePrompt(Prompt):
         super().__init__(C, P, K)
         # B x P x C -> B x P x Z
         self.class_encoder = nn.Sequential(*mlp(nn.ReLU, C, D, D, Z), nn.Softmax(-1))
-        # B x P*Z -> B x Z; Table 12 has P*Z = 8192
+        # B x P*Z -> B x Z; Table 12's 8192 is P = 256, at 224 px P = 196
         self.channel_encoder = nn.Sequential(*mlp(nn.LeakyReLU, P * Z, D, D, Z), nn.Softmax(-1))
         self.head = nn.Linear(Z, K) if head else None
         for module in self.modules():
             if isinstance(module, nn.Linear):  # torch's default leaves z too flat to learn
                 nn.init.kaiming_normal_(module.weight)
                 nn.init.zeros_(module.bias)
-        # A softmax's norm is at most 1, whatever its width: P inputs count here, not P * Z.
+        # P softmaxes, each of norm 1 at most: a fan-in of P, not P * Z.
         nn.init.normal_(self.channel_encoder[0].weight, std=math.sqrt(2 / P))
-        if head:  # if small, z turns one-hot, often alike for two classes, before logits differ
+        if head:  # if it starts small, z saturates, often alike for two classes, before these part
             nn.init.normal_(self.head.weight, std=5.0)
 
     def forward(self, f_, label):
@@ -340,7 +340,7 @@ class INR(nn.Module):
         for layer in [*self.synthesis, self.output]:
             nn.init.uniform_(layer.weight, -bound, bound)
         nn.init.uniform_(self.synthesis[0].weight, -30 / E, 30 / E)
-        # Kaiming's; the first layer's input is p and a softmax, of norm |z| <= 1.
+        # Kaiming's; the first layer's input is p and the feature prompt's softmax, |z| <= 1.
         for layer in self.modulation:
             nn.init.normal_(layer.weight, std=math.sqrt(2 / D))
             nn.init.zeros_(layer.bias)
@@ -362,7 +362,8 @@ class INR(nn.Module):
 
 
 class MLPQuery(nn.Module):
-    """z -> B x P x D (Sec. 0.B.6, Table 9: "repeated", but its 383.5 M weights are P*D outputs)."""
+    """z -> B x P x D (Sec. 0.B.6), 13 M weights. Table 9's MLP has 383.5 M, for which outputs that
+    are "repeated" over positions are too few; P*D of them need a hidden width of 7,600."""
 
     def __init__(self, P, Z=32, D=256):
         super().__init__()
@@ -390,12 +391,12 @@ UNIAD_QUERIES = {"layerwise": False, "per-class": True, "token": True, "text": T
 # ------------------------------------------------------------------------------------------- model
 
 
-def sample(x, size):
-    """A map at H x W positions, corners aligned."""
+def resize(x, size):
+    """A map sampled at H x W positions, corners aligned."""
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
-POOLS = {"bilinear": sample, "area": F.adaptive_avg_pool2d}  # the paper's; ours: means of cells
+POOLS = {"bilinear": resize, "area": F.adaptive_avg_pool2d}  # the paper's; ours: means of cells
 
 
 class Backbone(nn.Module):
@@ -430,22 +431,21 @@ class Backbone(nn.Module):
         self.register_buffer("image_mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("image_std", torch.tensor(config["std"]).view(3, 1, 1))
         self.C = sum(info.channels())
-        self.H, self.W = self.net(torch.zeros(1, 3, size, size))[3].shape[2:]
+        self.H, self.W = self.net(torch.zeros(1, 3, size, size))[3].shape[2:]  # of stride 16
         if min(self.H, self.W) < 2:
             raise data.UserError(f"--size {size} is too small: {self.H} x {self.W} positions")
 
     def forward(self, image):
-        levels = self.net((image - self.image_mean) / self.image_std)
-        levels = [POOLS[self.pool](x, (self.H, self.W)) for x in levels]
-        return torch.cat(levels, 1).flatten(2).transpose(1, 2)  # B x C x H x W -> B x P x C
+        maps = self.net((image - self.image_mean) / self.image_std)
+        maps = [POOLS[self.pool](x, (self.H, self.W)) for x in maps]
+        return torch.cat(maps, 1).flatten(2).transpose(1, 2)  # B x C x H x W -> B x P x C
 
 
 class MINTAD(nn.Module):
     """The model of Figure 3 and its variants (Tables 4, 5, 9).
 
     query: what the transformer's decoder gets, of QUERIES. prompt: what z comes from, of PROMPTS.
-    Whether a test image's label is needed, and whether its class is known in the end, told or found
-    by the classifier, is needs_label and knows_class.
+    needs_label: a test image comes with its label. knows_class: by its label, or the classifier.
     """
 
     def __init__(
@@ -479,7 +479,7 @@ class MINTAD(nn.Module):
 
         self.inr = None
         if query == "inr" or prior_loss:
-            self.positions = nn.Parameter(torch.randn(P, 3))  # "a learnable embedding", P x E
+            self.positions = nn.Parameter(torch.randn(P, 3))  # "a learnable embedding", E = 3
             self.inr = INR(D=D)
         self.query = None
         if QUERIES[query]:
@@ -517,7 +517,7 @@ class UniAD(nn.Module):
         super().__init__()
         P = H * W
         self.K = K
-        self.query = query
+        self.kind = query
         self.needs_label = UNIAD_QUERIES[query]
         self.knows_class = self.needs_label
         self.adapter = nn.Identity()
@@ -539,13 +539,13 @@ class UniAD(nn.Module):
         P = f.shape[1]
         L = len(self.transformer.decoder)
         token = None
-        if self.query == "text":
+        if self.kind == "text":
             q = self.project(self.text[label])[:, None, None].expand(-1, L, P, -1)
-        elif self.query == "per-class":
+        elif self.kind == "per-class":
             q = self.learned[label]
         else:
             q = self.learned  # B or 1 x L x P x D
-        if self.query == "token":
+        if self.kind == "token":
             one_hot = F.one_hot(label, self.K)
             token = self.token(one_hot.to(f.dtype)).unsqueeze(1)  # B x 1 x D
         r = self.transformer(f, q.unbind(1), self.mask, token)
@@ -570,9 +570,9 @@ def neighbour_mask(H, W, window=7):
 def objective(model, outputs, label, literal=False):
     """Eq. 6 of a batch, and {name: value} to log; outputs: what model(f, label) returns.
 
-    Eq. 3, the likelihood of the original features, brings log |det W| of f' = W f + b to Eq. 4, and
-    to Eq. 5, a Gaussian's of fixed deviation 1/2 (README, "What keeps MINT-AD from collapsing").
-    literal: as printed, without them.
+    The likelihood of the original features has log |det W| of f' = W f + b, in Eq. 4 by Eq. 3, and
+    in Eq. 5 as that is half of -log N(f'; r, 1/4), but for a constant (README, "What keeps MINT-AD
+    from collapsing"). literal: as printed, without them.
     """
     f_, r, logits, gaussian = outputs
     log_det = ce = prior = 0.0  # what a variant has not is zero
@@ -606,7 +606,7 @@ def euclidean(d, whitening, cls, quarter):
 def mahalanobis(d, whitening, cls, quarter):
     """The same, whitened: whitening, K x 4 x C x C, is of a class and of a quarter of the image.
 
-    cls: B; quarter: P, 0 to 3.
+    cls: class of each image, B; quarter: of each position, P.
     """
     s = torch.zeros_like(d[..., 0])
     for i in range(4):
@@ -615,6 +615,7 @@ def mahalanobis(d, whitening, cls, quarter):
     return s
 
 
+# Of d, f' - r, and of what fit_distance and the detector know, which not all use.
 DISTANCES = {"euclidean": euclidean, "mahalanobis": mahalanobis}
 SCORES = {  # of maps, B x 1 x size x size
     "max": lambda s: s.amax((1, 2, 3)),  # Sec. 3.6
@@ -711,15 +712,15 @@ class Features:
         self.device = device
         self.kept = None
         shape = (len(chosen), backbone.H * backbone.W, backbone.C)
-        size = 2 * math.prod(shape)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all
+        nbytes = 2 * math.prod(shape)
+        ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        ram //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all
         home = "cpu"
-        if device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        if device.type == "cuda" and nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
             home = device
-        fits = home == device or size < 0.5 * memory
+        fits = home == device or nbytes < 0.5 * ram
         where = f"kept on {home}" if fits else "too many to keep: extracted again for each batch"
-        log.info(f"features {' x '.join(map(str, shape))}, {size / 1e9:.2f} GB, {where}")
+        log.info(f"features {' x '.join(map(str, shape))}, {nbytes / 1e9:.2f} GB, {where}")
 
         if fits:
             kept = torch.empty(shape, dtype=torch.half, device=home)
@@ -746,7 +747,7 @@ def channel_statistics(features):
     """
     count = mean = moment = 0  # of so far, in float64
     for index in torch.arange(len(features)).split(32):
-        f = features[index].flatten(0, 1).double()  # B x P x C -> B*P x C
+        f = features[index].flatten(0, 1).cpu().double()  # B x P x C -> B*P x C
         total = count + len(f)
         difference = f.mean(0) - mean
         mean = mean + difference * len(f) / total
@@ -767,8 +768,8 @@ def adamw(parameters, args):
 def muon(parameters, args):
     """Muon for the transformer's matrices, AdamW for all else.
 
-    Momentum 0.95, update scaled to AdamW's, 4 times AdamW's rate: of 2, 4 and 10 that which left
-    the least of the training images unexplained after 400 steps.
+    Momentum 0.95, update scaled to AdamW's, 4 times AdamW's rate, which of 2, 4 and 10 had the
+    lowest training loss after 400 steps.
     """
     matrices = {}
     others = {}
@@ -796,7 +797,7 @@ OPTIMIZERS = {"adamw": (adamw, fall_late), "muon": (muon, fall_linearly)}  # and
 def learning_rate(args, step, steps):
     """Above the paper's rate it warms up.
 
-    At 5e-4 from the start the attention soon gives all positions of an image the same, for good.
+    At 5e-4 from the start the attention soon collapses to one output for all positions.
     """
     _, schedule = OPTIMIZERS[args.optimizer]
     warm = 1e-4 * (1 + step / 100)
@@ -868,10 +869,10 @@ def train(detector, features, labels, state, args, device):
 def fit_distance(detector, features, labels, device):
     """K x 4 x C x C: W of cov = (W^T W)^-1; ||W (f' - r)||^2 = (f' - r)^T cov^-1 (f' - r).
 
-    cov is the covariance (about zero) of f' - r over the class's training images: half of it over
-    the positions in the same quarter of the image, half the mean of the quarters; shrunk, so that
-    a class with fewer residuals than channels has an inverse, too. In float64. Where the class of
-    a test image is not known all have one covariance, of all images.
+    For any --distance, as --eval may change it. cov, of a class and a quarter of the image: the
+    quarter's covariance (about zero) of f' - r over the class's training images and the mean of the
+    four, half each, plus .02 of the mean variance, so that fewer residuals than channels have an
+    inverse, too. In float64. Where a test image's class is not known all have one, of all images.
     """
     whitening = torch.zeros(detector.whitening.shape, dtype=torch.float64)
     C = whitening.shape[-1]
@@ -1169,7 +1170,9 @@ def published(args, rows):
         row, *figures = line.split()
         result[row] = {}
         for key, column in columns.items():
-            result[row][key] = float(figures[column + (not args.uniad)]) / 100
+            if not args.uniad:  # MINT-AD's stands beside it
+                column += 1
+            result[row][key] = float(figures[column]) / 100
     if args.classes or len(rows) == 1:  # its mean is over all classes
         result.pop("mean", None)
     return result
@@ -1179,9 +1182,8 @@ def published(args, rows):
 
 
 def what_is_known(args, state, detector):
-    """Of photos to judge: the index of the class that all are of, as the user says it or as there
-    is only one, else None. And for each class index that the detector returns that class's name,
-    "" where the detector does not know the class."""
+    """label: index of the class that all photos are of, as the user says or as there is only one,
+    else None. names: of each class that the detector may return; "" if it does not know it."""
     known = state["classes"]
     classes = args.classes or known
     if len(classes) == 1 and classes[0] in known:
@@ -1226,7 +1228,8 @@ class Program(nn.Module):
         image = data.resized_tensor(photo, self.detector.size)
         label = None
         if self.label is not None:
-            label = torch.full_like(photo[:, 0, 0, 0], self.label, dtype=torch.long)  # B
+            # Of B values, whatever B will be.
+            label = torch.full_like(photo[:, 0, 0, 0], self.label, dtype=torch.long)
         s, score, cls = self.detector(image, label)
         return s, score, cls, self.threshold[cls]
 
@@ -1316,7 +1319,7 @@ def parse_args(argv=None):
 
     if args.query == "learned" and not (args.cls_loss or args.prior_loss or "prompt" in typed):
         args.prompt = "none"  # Table 5: nothing uses z
-    if args.query == "mlp":
+    if args.query == "mlp" and "prior_loss" not in typed:
         args.prior_loss = False  # Sec. 0.B.6
     if not args.out and not args.eval:
         args.out = f"runs/mintad-{args.data}-{'unified' if args.unified else 'separate'}"
@@ -1338,7 +1341,8 @@ def saved_states(typed):
     else:
         states = read_states(typed["eval"], "--eval")
         free |= {"classes"}
-        if not ("predict" in typed or "export" in typed):  # their thresholds are the run's
+        calibrated = {"predict", "export", "save_maps"}  # as the run was
+        if not typed.keys() & calibrated:
             free |= {"distance", "score"}
         if not all(state["trained"] for state in states):
             raise data.UserError(

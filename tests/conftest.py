@@ -163,7 +163,7 @@ def shrink(monkeypatch):
 
 TINY = "--data folder --root photos --unified --size 64 --weights none --epochs 3 --batch-size 4"
 BACKBONE = {
-    "mintad": "--backbone test_efficientnet --optimizer adamw --pool bilinear --distance euclidean",
+    "mintad": "--backbone test_efficientnet --optimizer adamw --distance euclidean",
     "minimaxad": "--backbone tiny --size 72 --crop 64 --score mean",
 }
 

@@ -264,7 +264,7 @@ def test_the_mean_of_the_papers_rows_is_the_one_it_prints(script, line, baseline
 def test_mintad_tells_which_settings_are_not_the_papers(tiny_runs):
     log = (tiny_runs["mintad"] / "log.txt").read_text()
     assert "'lr': 0.0005" in log  # of the preset
-    assert "'pool': 'bilinear'" in log  # typed
+    assert "'optimizer': 'adamw'" in log  # typed
 
 
 @pytest.mark.parametrize("flag, told", [("--unified", False), ("--no-unified", True)])

@@ -141,6 +141,8 @@ def test_cifar10_is_tested_on_all_classes(script, tiny, call, cifar10):
     cifar10("photos")
     call(script, *tiny, "--data", "cifar10", "--normals", "13579", "--epochs", 1, "--out", "run")
     assert result("run")["classes"]["13579"]["i_auroc"] is not None
+    predict = "--predict", "photos/pill/test", "--out", "new"
+    assert call(script, "--eval", "run", *predict).status == 0  # by the same levels
 
 
 # ------------------------------------------------------------------------------------ the training
