@@ -215,7 +215,7 @@ def test_typed_wins_over_the_preset_and_that_over_the_default(line):
 
 NOT_ITS = "--backbone resnet18, --size 256, --literal, --pool area, --distance mahalanobis"
 NOT_ITS += ", --query mlp, --query learned, --prompt label, --prompt image, --no-adapter"
-NOT_ITS += ", --no-cls-loss, --no-prior-loss, --classes screw"
+NOT_ITS += ", --no-cls-loss, --no-prior-loss, --classes screw, --weights none"
 FIGURES = [  # of the papers, which stand beside their own models only
     ("mintad", "mvtec --unified --optimizer muon", "mean", "i_auroc=0.986 p_aupr=0.498"),
     ("mintad", "mvtec --unified --uniad", "screw", "i_auroc=0.875 p_aupr=0.296"),
@@ -234,6 +234,7 @@ FIGURES = [  # of the papers, which stand beside their own models only
     ("minimaxad", "mvtec --unified --classes pill", "pill", ""),
     ("minimaxad", "goodsad --classes food_box", "mean", ""),
     ("minimaxad", "goodsad --size 64", "food_box", ""),
+    ("minimaxad", "goodsad --weights none", "food_box", ""),
     ("minimaxad", "goodsad --loss local", "food_box", ""),
 ]
 
@@ -299,8 +300,9 @@ ANOTHER = {"mintad": ("--distance", "mahalanobis"), "minimaxad": ("--score", "to
 def test_eval_can_score_in_another_way_but_predict_has_the_runs_limits(script, tiny_run, call):
     call(script, "--eval", tiny_run, *ANOTHER[script], "--out", "new")
     assert rows("new") != rows(tiny_run)
-    flags = "--predict", "photos", "--out", "verdicts", *ANOTHER[script]
-    assert_refused(call(script, "--eval", tiny_run, *flags), f"{ANOTHER[script][0]} ")
+    for use in ["--predict", "photos"], ["--save-maps"]:
+        flags = *use, "--out", "verdicts", *ANOTHER[script]
+        assert_refused(call(script, "--eval", tiny_run, *flags), f"{ANOTHER[script][0]} ")
 
 
 @pytest.mark.parametrize("script", ["mintad"])

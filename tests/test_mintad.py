@@ -546,6 +546,13 @@ def test_features_that_do_not_fit_are_extracted_again_and_train_the_same(monkeyp
     close(again.state_dict(), kept.state_dict())
 
 
+def test_features_are_kept_in_half_precision():
+    images = np.random.default_rng(0).integers(0, 256, (2, 2 * H, 2 * W, 3), np.uint8)
+    features = mintad.Features(Cells().eval(), images, np.arange(2), torch.device("cpu"))
+    expected = Cells().eval()(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+    close(features[torch.arange(2)].float(), expected, rtol=1e-3, atol=0)
+
+
 def test_processes_draw_noise_of_their_own(monkeypatch):
     """Here with one as if it were the second of two."""
     *_, first = train("")
