@@ -19,7 +19,9 @@ import io
 import logging
 import os
 import platform
+import re
 import shutil
+import threading
 import unicodedata
 import warnings
 import zipfile
@@ -126,11 +128,13 @@ def composed(name):
 
 def mvtec_classes(root):
     classes = []
+    unused = []
     for path in sorted(filter(is_shown, root.iterdir())):
         if (path / "train").is_dir() or (path / "test").is_dir():
             classes.append(path.name)
-        elif path.is_dir():
-            log.warning(f"warning: not used, as no train or test is in it: {path}")
+        else:
+            unused.append(str(path))
+    warn_unused(unused)
     return classes
 
 
@@ -157,7 +161,12 @@ def visa_rows(root):
 
 
 def visa_classes(root):
-    return list(dict.fromkeys(row["object"] for row in visa_rows(root))) or mvtec_classes(root)
+    classes = list(dict.fromkeys(row["object"] for row in visa_rows(root)))
+    if not classes:
+        return mvtec_classes(root)
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and is_shown(path)]
+    warn_unused([str(path) for path in folders if path.name not in ("split_csv", *classes)])
+    return classes
 
 
 def cifar10(root, cls, normals):
@@ -461,17 +470,18 @@ def digest(samples):
 # ------------------------------------------------------------------------ reading images and masks
 
 
-LARGE = 16e6  # pixels of a JPEG that is decoded at a fraction, each side of 2000 at least
-MOST = 200e6  # pixels that are decoded
+LARGE = 30e6  # pixels; of images that have more two at a time are decoded
+TWO = threading.Semaphore(2)
+MOST = 400e6  # pixels that are decoded
 
 
 @contextlib.contextmanager
 def opened(path):
     """An image file of 8 bits a channel and one frame, not decoded yet. DataError: any other."""
-    with (
-        explain(f"cannot read image {path}", DataError),
-        Image.open(path, formats=FORMATS) as image,
-    ):
+    with explain(f"cannot read image {path}", DataError), contextlib.ExitStack() as stack:
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
+            raise ValueError("no such file")
+        image = stack.enter_context(Image.open(path, formats=FORMATS))
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # a phone's, whose first frame is the photo
             raise ValueError(f"{frames} frames; save the one to use as 8 bit RGB")
@@ -483,11 +493,11 @@ def opened(path):
         if deep:
             raise ValueError("more than 8 bits a channel; save it as 8 bit RGB")
 
-        if image.width * image.height > LARGE:
-            image.draft(None, (2000, 2000))  # does nothing to other formats
         pixels = image.width * image.height
         if pixels > MOST:
-            raise ValueError(f"{pixels / 1e6:.0f} megapixels; save it smaller, or as JPEG")
+            raise ValueError(f"{pixels / 1e6:.0f} megapixels; save it smaller")
+        if pixels > LARGE:
+            stack.enter_context(TWO)
         yield image
 
 
@@ -688,7 +698,10 @@ def find_images(paths):
     for path in map(Path, paths):
         images = []
         for file in list_files(path) or [path]:
-            if file.is_file() and (file.suffix.lower() in SUFFIXES or file == path):
+            is_image = file.is_file() and (file == path or file.suffix.lower() in SUFFIXES)
+            if file != path and file.with_name("predictions.csv").exists():
+                is_image = False  # it shows an earlier verdict
+            if is_image:
                 images.append(str(file))
             else:
                 unused.append(str(file))
@@ -737,23 +750,30 @@ HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # short, as file systems t
 
 
 def remove_leftovers(folder):
-    """Deletes the temporary files that killed processes of this host left in a folder."""
-    for path in Path(folder).glob(f".{HOST}-*-*"):
-        pid = path.name.removeprefix(f".{HOST}-").partition("-")[0]
+    """Deletes the temporary files that killed processes left in a folder; names other machines'."""
+    for path in Path(folder).glob(".*-*-*"):
+        name = re.match(r"\.([0-9a-f]{8})-(\d+)-", path.name)
+        if not name:
+            continue
+        host, pid = name.groups()
+        if host != HOST:
+            log.warning(f"warning: half written on another machine; if it is idle, delete {path}")
+            continue
         try:
             os.kill(int(pid), 0)  # no signal: asks whether there is that process
         except ProcessLookupError:
             path.unlink(missing_ok=True)
-        except (ValueError, OSError):  # another file's name; another user's process
+        except OSError:  # another user's process
             pass
 
 
-def save_tensors(path, state):
-    """torch.save by a temporary name. UserError: a full disk, or another reason."""
+@contextlib.contextmanager
+def saved(path):
+    """A file in memory, written to path when the block has filled it. UserError: as written."""
+    content = io.BytesIO()  # the libraries' own file writers do not tell a full disk
+    yield content
     path = Path(path)
     remove_leftovers(path.parent)
-    content = io.BytesIO()  # torch's own file writer does not tell a full disk
-    torch.save(state, content)
     with written(path, content.getbuffer().nbytes) as temporary:
         temporary.write_bytes(content.getbuffer())
 
@@ -778,6 +798,17 @@ def timm_weights(name):
     if not (source and source.hf_hub_id):
         raise UserError(f"--backbone {name}: no weights to download; pass --weights FILE, or none")
     return download(source.hf_hub_id, source.hf_hub_filename or "model.safetensors")
+
+
+def check_like(x, like):
+    """ValueError where what was read from a file has other keys or types than like; None: any."""
+    if like is not None and type(x) is not type(like):
+        raise ValueError(f"{x!r:.40} where {like!r:.40} was expected")
+    if isinstance(like, dict):
+        if x.keys() != like.keys():
+            raise ValueError(f"not the entries {', '.join(like)}")
+        for key in like:
+            check_like(x[key], like[key])
 
 
 def read_tensors(path):

@@ -177,8 +177,8 @@ def save_result(folder, args, classes, paper):
     """RUN/metrics.json: the arguments, the rows, their mean, the paper's figures; nan is null."""
     result = {"args": args, "classes": classes, "mean": mean(classes), "paper": paper}
     text = json.dumps(result, default=str, indent=2)
-    with data.written(Path(folder, "metrics.json")) as temporary:
-        temporary.write_text(text.replace(": NaN", ": null"))
+    with data.saved(Path(folder, "metrics.json")) as file:
+        file.write(text.replace(": NaN", ": null").encode())
 
 
 def read_result(folder):
@@ -231,8 +231,8 @@ def save_strip(path, pictures, text):
     canvas.paste(strip)
     font = ImageFont.load_default(13)
     ImageDraw.Draw(canvas).text((4, strip.height + 2), " ".join(text.split()), "black", font)
-    with data.written(path) as temporary:
-        canvas.save(temporary, "JPEG", quality=90)
+    with data.saved(path) as file:
+        canvas.save(file, "JPEG", quality=90)
 
 
 def save_maps(folder, images, samples, scores, maps, masks, calibration):
@@ -283,6 +283,14 @@ def calibrate(maps, scores, samples, held):
             "high": 2 * peak - low,
         }
     return calibration
+
+
+def check_calibration(calibration, classes):
+    """ValueError: not what calibrate gives of these classes."""
+    data.check_like(calibration, dict.fromkeys(["", *classes]))
+    kinds = {"scores": [], "held_out": True, "low": 0.0, "peak": 0.0, "high": 0.0}
+    for known in calibration.values():
+        data.check_like(known, kinds)
 
 
 def thresholds(calibration, quantile, classes):
@@ -374,7 +382,7 @@ COLUMNS = ["file", "score", "verdict", "class", "threshold", "picture"]
 
 def judge_batches(paths, read, judge, draw, batch_size):
     """Yields the rows: while the network judges a batch, threads read the next, draw the last."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each may hold a photo of 50 megapixels
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each may hold a photo of 30 megapixels
         reading = pool.map(read, paths[:batch_size])
         rows = []
         for start in range(0, len(paths), batch_size):
@@ -400,13 +408,16 @@ def predict(paths, judge, calibration, thresholds, folder, batch_size, size, cro
     rows = judge_batches(paths, read, judge, draw, batch_size)
     skipped = 0
     path = folder / "predictions.csv"
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in tqdm(rows, "photos", len(paths), leave=False, disable=None):
-            skipped += "picture" not in row
-            writer.writerow(row)
-            file.flush()  # whatever ends the run, the row is kept
+    try:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for row in tqdm(rows, "photos", len(paths), leave=False, disable=None):
+                skipped += "picture" not in row
+                writer.writerow(row)
+                file.flush()  # whatever ends the run, the row is kept
+    except OSError as error:  # which does not name it where a disk is full
+        raise data.UserError(f"cannot write {path}: {error}") from None
     log.info(f"{len(paths) - skipped} photos judged, {skipped} skipped; written to {folder}")
     return skipped == 0
 

@@ -813,7 +813,8 @@ def train(detector, features, labels, state, args, device):
     make_optimizers, _ = OPTIMIZERS[args.optimizer]
     optimizers = make_optimizers(dict(model.named_parameters()), args)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
-        optimizer.load_state_dict(saved)
+        with data.explain(f"the optimizer in {args.out} is damaged"):
+            optimizer.load_state_dict(saved)
     parallel = model
     if WORLD > 1:
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -907,6 +908,8 @@ def fit(detector, state, args, samples, images, device):
     index = np.array([i for i, sample in enumerate(samples) if sample.cls in state["classes"]])
     held = data.hold_out([samples[i] for i in index], args.holdout)
     training = index[~held]
+    if held.any():
+        log.info(f"{state['name']}: {len(training)} images train, {held.sum()} are held out")
     digest = data.digest([samples[i] for i in training])
     if state["digest"] not in (None, digest):
         raise data.DataError(f"{args.out} was trained on other images; change --root or --out")
@@ -950,7 +953,8 @@ def save(args, state, detector, optimizers):
     if RANK == 0:
         state["detector"] = detector.state_dict()
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        data.save_tensors(Path(args.out, f"{state['name']}.pt"), state)
+        with data.saved(Path(args.out, f"{state['name']}.pt")) as file:
+            torch.save(state, file)
 
 
 def make_detector(args, state, backbone):
@@ -968,7 +972,7 @@ def make_detector(args, state, backbone):
         model = MINTAD(*shape, args.query, args.prompt, args.adapter, *losses)
     detector = Detector(backbone, model, K, args.size, args.distance, args.score)
     if tensors:
-        with data.explain(f"the checkpoint of {state['name']} is damaged"):
+        with data.explain(f"{args.eval or args.out}: the checkpoint of {state['name']} is damaged"):
             detector.load_state_dict(tensors)
     return detector
 
@@ -1030,6 +1034,8 @@ def run(args, states, device):
 def test(detector, state, args, samples, images, masks, device):
     """{row: metrics} of the test images of the model's classes, one row of the table at a time."""
     rows = {sample.row for sample in samples if sample.cls in state["classes"]}
+    if not rows and not args.classes:
+        log.warning(f"warning: {state['name']}: no test images of its classes here (--root)")
     results = {}
     for row in dict.fromkeys(sample.row for sample in samples if sample.row in rows):
         index = [i for i, sample in enumerate(samples) if sample.row == row]
@@ -1055,31 +1061,42 @@ def report(args, results):
         log.info(f"written to {args.out}")
 
 
-def read_states(folder, name):
-    """The checkpoint, or all of a folder, that a flag of that name gives. UserError: not of this
-    version, or models that do not belong to one table."""
+def read_states(folder, typed):
+    """The checkpoint, or all of a folder. UserError: not of this version, or models that do not
+    belong to one table, as settings differ that were not typed."""
     paths = sorted(Path(folder).glob("[!.]*.pt")) or [Path(folder)]
+    if Path(folder).is_dir() and paths == [Path(folder)]:
+        raise data.UserError(f"{folder}: no checkpoint in it, a file .pt")
     states = []
     seen = {}
     for path in paths:
         state = data.read_tensors(path)
-        saved = state.get("args")
-        if not isinstance(saved, dict) or saved.keys() != SETTINGS.keys():
-            raise data.UserError(f"{path}: not a checkpoint of this version of mintad.py")
+        with data.explain(f"{path}: not a checkpoint of this version of mintad.py"):
+            check_state(state)
         states.append(state)
         for cls in state["classes"]:
             if cls in seen:
-                raise data.UserError(f"{name} {folder}: {path} and {seen[cls]} both have {cls}")
+                raise data.UserError(f"{path} and {seen[cls]} both have {cls}")
             seen[cls] = path
-        first = states[0]["args"]
-        for key in SETTINGS.keys() - {"root", "classes"}:
-            if saved[key] != first[key]:
+        for key in SETTINGS.keys() - {"classes"} - typed.keys():
+            first, other = states[0]["args"][key], state["args"][key]
+            if first != other:
                 flag = f"--{key.replace('_', '-')}"
                 raise data.UserError(
-                    f"{name} {folder}: {flag} is {first[key]} in {paths[0]} and {saved[key]} in "
-                    f"{path}; take models of one setting"
+                    f"{flag} is {first} in {paths[0]} and {other} in {path}; "
+                    "take models of one setting (but --root may be typed)"
                 )
     return states
+
+
+def check_state(state):
+    """ValueError: not what new_state and fit make."""
+    defaults = argparse.Namespace(**{key: default for key, (default, _) in SETTINGS.items()})
+    data.check_like(state, new_state(defaults, [""]))
+    if state["epoch"] and not state["detector"]:
+        raise ValueError("no tensors")
+    if state["trained"]:
+        metrics.check_calibration(state["calibration"], state["classes"])
 
 
 def open_folder(args):
@@ -1095,7 +1112,8 @@ def open_folder(args):
         raise data.UserError(f"--out {folder} holds files; name a new folder, or --resume that run")
     log.parent.addHandler(logging.FileHandler(folder / "log.txt", errors="backslashreplace"))
     if not args.resume:
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+        with data.saved(folder / "args.json") as file:
+            file.write(json.dumps(vars(args), indent=2).encode())
 
 
 # ------------------------------------------------------------------------- the paper's own figures
@@ -1243,9 +1261,9 @@ def export(args, state, detector):
     shapes = {0: "B", 2: "H", 3: "W"}
     shapes = {axis: torch.export.Dim(name, min=1) for axis, name in shapes.items()}
     photo = torch.zeros(2, 3, 300, 400, dtype=torch.uint8)
-    with data.written(args.export) as temporary:
-        exported = torch.export.export(program, (photo,), dynamic_shapes=(shapes,))
-        torch.export.save(exported, temporary)
+    exported = torch.export.export(program, (photo,), dynamic_shapes=(shapes,))
+    with data.saved(args.export) as file:
+        torch.export.save(exported, file)
     log.info(f"{args.export}: RGB photos, uint8 B x 3 x H x W -> map, score, class, threshold")
     log.info(f"classes from 0 on: {', '.join(state['classes'])}")
 
@@ -1316,6 +1334,8 @@ def parse_args(argv=None):
         preset = preset | PRESETS.get(typed.get("data", args.data), {})
     vars(args).update(preset)
     vars(args).update(typed)
+    if args.classes:
+        args.classes = [data.composed(cls) for cls in args.classes]
 
     if args.query == "learned" and not (args.cls_loss or args.prior_loss or "prompt" in typed):
         args.prompt = "none"  # Table 5: nothing uses z
@@ -1337,9 +1357,9 @@ def saved_states(typed):
             raise data.UserError(
                 f"--resume: no checkpoint in {typed['out']}; start it again without --resume"
             )
-        states = read_states(typed["out"], "--resume")
+        states = read_states(typed["out"], typed)
     else:
-        states = read_states(typed["eval"], "--eval")
+        states = read_states(typed["eval"], typed)
         free |= {"classes"}
         calibrated = {"predict", "export", "save_maps"}  # as the run was
         if not typed.keys() & calibrated:
@@ -1430,7 +1450,8 @@ def main(argv=None):
     """Exit status 0; 1: an image was not judged; 2: a line says why; 130: interrupted."""
     level = logging.ERROR if RANK else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
-    hint = ""
+    logging.raiseExceptions = False  # a full disk is told where a checkpoint is written
+    saves = None  # where a training does
     try:
         args, states = parse_args(argv)
         device = get_device(args.device)
@@ -1445,7 +1466,7 @@ def main(argv=None):
             if args.predict and not predict(args, states[0], detector.to(device), device):
                 sys.exit(1)
         else:
-            hint = "" if args.eval else "; --resume goes on from the last checkpoint, one a minute"
+            saves = args.out if not args.eval else None
             run(args, states, device)
         if LAUNCHED:
             dist.destroy_process_group()
@@ -1455,7 +1476,9 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"interrupted{hint}", file=sys.stderr)
+        resumable = saves and list(Path(saves).glob("[!.]*.pt"))
+        hint = "; --resume goes on from the last checkpoint, one a minute"
+        print(f"interrupted{hint if resumable else ''}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,13 @@ OWN = {
 }
 TRAINED = [  # RUN stands for the folder of a finished run, which has the settings
     ("--eval nowhere.pt", "nowhere.pt"),
-    ("--eval photos", "photos"),
+    ("--eval photos", "no checkpoint in it"),
     ("--eval ~/here", "/home/me/here"),
     ("--eval RUN --lr 3", "--lr"),
     ("--eval RUN --batch-size 4", "--batch-size"),  # also what the run has
     ("--eval RUN --resume", "--resume"),
     ("--eval RUN --save-maps", "--out"),
+    ("--eval RUN --export a.pt2 --classes gro\u0308n", "expected one of pill, weave"),
     ("--eval RUN --out photos", "photos"),
     ("--eval RUN --predict photos", "--out"),
     ("--eval RUN --predict nowhere --out new", "nowhere"),
@@ -123,10 +125,16 @@ def test_an_unfinished_run_is_not_evaluated(script, tiny_run, call):
     assert_refused(call(script, "--eval", "unified.pt"), "--resume")
 
 
-@pytest.mark.parametrize("args", [None, [], argparse.Namespace(size=64)])
-def test_another_programs_checkpoint_is_refused(script, tiny_run, call, args):
+EDITS = [{"args": args} for args in (None, [], argparse.Namespace(size=64))]
+EDITS += [{"epoch": "3"}, {"classes": "pill"}, {"model": None, "detector": None}]
+EDITS += [{"calibration": None}, {"calibration": {"": {}, "pill": {}, "weave": {}}}]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_checkpoint_that_is_not_as_it_was_written_is_refused(script, tiny_run, call, edit):
     state = torch.load(tiny_run / "unified.pt", weights_only=True)
-    torch.save(state | {"args": args}, "other.pt")
+    state.update({key: value for key, value in edit.items() if key in state})
+    torch.save(state, "other.pt")
     assert_refused(call(script, "--eval", "other.pt"), "other.pt")
 
 
@@ -172,6 +180,20 @@ def test_models_of_other_settings_or_of_one_class_are_not_collected(script, mode
     assert_refused(call(script, "--eval", "all"), "--seed")
     Path("all/weave.pt").write_bytes(Path("all/pill.pt").read_bytes())
     assert_refused(call(script, "--eval", "all"), "both have pill")
+
+
+def test_models_of_other_roots_are_collected_if_one_has_their_classes(script, models, call):
+    shutil.copytree("photos", "other")
+    models(pill="", weave="--root other")
+    assert_refused(call(script, "--eval", "all"), "--root")
+    call(script, "--eval", "all", "--root", "photos", "--out", "table")
+    assert rows("table") == rows("pill") | rows("weave")
+    shutil.rmtree("photos/weave")
+    for path in Path("all").iterdir():
+        state = torch.load(path, weights_only=True)
+        state["args"]["classes"] = None  # as of a run on a root that has no other
+        torch.save(state, path)
+    assert "weave: no test images" in call(script, "--eval", "all", "--root", "photos").out
 
 
 # ------------------------------------------------------------------------- defaults and presets

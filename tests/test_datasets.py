@@ -84,7 +84,7 @@ pcb1,test,anomaly,Anomaly/0.JPG,Masks/0.png\r
 """
 
 
-def test_visas_csv_tells_split_label_and_mask_also_after_windows(tmp_path):
+def test_visas_csv_tells_split_label_and_mask_also_after_windows(tmp_path, caplog):
     touch(tmp_path, "split_csv/1cls.csv")
     (tmp_path / "split_csv/1cls.csv").write_text(VISA, newline="")
     assert listed(tmp_path, "visa") == {
@@ -97,6 +97,8 @@ def test_visas_csv_tells_split_label_and_mask_also_after_windows(tmp_path):
     assert "abnormal" in refused("visa", tmp_path)
     (tmp_path / "split_csv/1cls.csv").write_text(VISA.replace("Masks/0.png", ""))
     assert "no mask of" in refused("visa", tmp_path)
+    touch(tmp_path, "pcb9/0.JPG")
+    assert "no mask of" in refused("visa", tmp_path) and "not used: " in caplog.text
 
 
 @pytest.mark.parametrize("normals", ["01234", "02468"])
@@ -161,10 +163,11 @@ def test_every_file_of_a_class_is_used_as_its_folders_say_or_counted(tmp_path, c
     expected = USED.split("\n    ")[1:]
     touch(tmp_path, *re.findall("pill/.*?[.][a-zA-Z]+", USED))
     touch(tmp_path / "pill", *UNUSED.split())
-    touch(tmp_path, ".trash/train/good/0.png")
+    touch(tmp_path, ".trash/train/good/0.png", "beside.png")
     assert listed(tmp_path, "folder") == set(expected)
     (told,) = re.findall("not used: .* and (.*) more$", caplog.text, re.MULTILINE)
     assert 1 + int(told) == len(UNUSED.split()) - 3  # hidden files and other systems' are not
+    assert re.search("not used: .*/beside.png$", caplog.text, re.MULTILINE)
 
 
 LONG = "é" * 101  # of two bytes each

@@ -6,8 +6,12 @@ import os
 import re
 import resource
 import shutil
+import struct
 import subprocess
 import sys
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ import pytest
 import torch
 import trees
 from hub import serve_hub  # noqa: F401
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torchvision import transforms
@@ -55,6 +59,14 @@ def copy(path):
     shutil.copy(Path(__file__).with_name(path.name), path)
 
 
+def huge(path):
+    """Of 420 megapixels, says its header."""
+    content = bytearray(Path(trees.image(path)).read_bytes())
+    content[16:24] = struct.pack(">II", 21000, 20000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
 REFUSED = {
     "rgb16.png": copy,
     "rgb16.tif": copy,
@@ -63,7 +75,8 @@ REFUSED = {
     "animation.png": save_frames,
     "cut.png": lambda path: path.write_bytes(Path(trees.image(path)).read_bytes()[:900]),
     "missing.png": lambda path: None,
-    "300_megapixels.png": lambda path: Image.new("1", (20000, 15000)).save(path),
+    "huge.png": huge,
+    "pipe.png": os.mkfifo,
 }
 
 
@@ -80,16 +93,22 @@ def test_of_a_phones_photo_of_two_frames_the_first_counts(tmp_path):
     assert read(tmp_path / "a.jpg").max() == 0
 
 
-def test_a_jpeg_of_more_than_16_megapixels_is_decoded_at_a_fraction_of_2000_pixels(tmp_path):
-    photo = Image.linear_gradient("L").resize((4100, 4000))
-    for name in "large.jpg", "large.bmp":
-        photo.save(tmp_path / name)
-    photo.crop((0, 0, 4000, 4000)).save(tmp_path / "small.jpg")
-    fraction = read(tmp_path / "large.jpg")
-    assert fraction.shape == (2000, 2050, 3)
-    np.testing.assert_allclose(fraction[::40, ::41, 0], photo.resize((50, 50)), atol=4)
-    assert read(tmp_path / "large.bmp").shape == (4000, 4100, 3)
-    assert read(tmp_path / "small.jpg").shape == (4000, 4000, 3)
+@pytest.mark.parametrize("large, most", [(30e6, 8), (500, 2)])  # pixels; photos at once
+def test_of_large_photos_two_at_a_time_are_decoded(tmp_path, monkeypatch, large, most):
+    monkeypatch.setattr(data, "LARGE", large)
+    reached = threading.Barrier(most)
+    now = []
+
+    def wait(image, **options):
+        now.append(1)
+        assert len(now) <= most
+        reached.wait(10)
+        now.pop()
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", wait)
+    paths = [trees.image(tmp_path / f"{i}.png") for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(data.read_image, paths))
 
 
 def test_what_is_odd_but_no_pixel_is_read_without_a_warning(tmp_path):
@@ -152,15 +171,15 @@ def test_cifar10_is_enlarged_by_lanczos_as_in_uniad(tmp_path):
 
 
 def test_images_are_found_once_each_and_other_files_of_a_folder_are_told(tmp_path, caplog):
-    for name in "a/2.png", "a/deep/1.jpg", "a/.hidden.png", "b.bmp":
+    for name in "a/2.png", "a/deep/1.jpg", "a/.hidden.png", "b.bmp", "a/verdicts/0.jpg":
         trees.image(tmp_path / name)
-    for name in "a/Thumbs.db", "a/IMG_1.HEIC", "a/notes.txt", "named":
+    for name in "a/Thumbs.db", "a/IMG_1.HEIC", "a/notes.txt", "named", "a/verdicts/predictions.csv":
         (tmp_path / name).touch()
     asked = [tmp_path / name for name in ("a", "b.bmp", "a/2.png", "named")]
     found = data.find_images(asked)
     expected = "a/2.png", "a/deep/1.jpg", "b.bmp", "named"
     assert found == [f"{tmp_path}/{name}" for name in expected]
-    assert re.search("not used: .*/IMG_1.HEIC and 1 more", caplog.text)
+    assert re.search("not used: .*/IMG_1.HEIC and 3 more", caplog.text)
     assert "missing.png" in refused(data.find_images, [tmp_path / "a", tmp_path / "missing.png"])
 
 
@@ -284,13 +303,18 @@ def test_few_images_are_read_ahead_of_a_slow_disk():
     assert len(seen) <= data.AHEAD
 
 
+def save(path, state):
+    with data.saved(path) as file:
+        torch.save(state, file)
+
+
 def test_a_full_disk_is_told_with_the_space_and_nothing_is_left_there(tmp_path, photos):
     (tmp_path / "c").mkdir()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         said = refused(data.decode, photos, 32, None, tmp_path / "c")
-        said += refused(data.save_tensors, tmp_path / "c/a.pt", {"x": torch.ones(10**5)})
+        said += refused(save, tmp_path / "c/a.pt", {"x": torch.ones(10**5)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search("npy of 0.0 MB, .* MB free.*c/a.pt of 0.4 MB, .* MB free", said)
@@ -300,17 +324,18 @@ def test_a_full_disk_is_told_with_the_space_and_nothing_is_left_there(tmp_path, 
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_leftovers_of_killed_processes_of_this_host_go_at_the_next_start(tmp_path, photos):
+def test_leftovers_of_killed_processes_of_this_host_go_at_the_next_start(tmp_path, photos, caplog):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for start in lambda: data.save_tensors("b.pt", {}), lambda: data.decode(photos, 16, None, "."):
+    for start in lambda: save("b.pt", {}), lambda: data.decode(photos, 16, None, "."):
         with contextlib.chdir(tmp_path), data.written("a") as own:
             killed = own.name.replace(str(os.getpid()), str(ended.pid))
-            others = own.name, killed.replace(data.HOST, "host"), f".{data.HOST}-notes-a"
+            others = own.name, killed.replace(data.HOST, "0123abcd"), f".{data.HOST}-notes-a"
             for name in killed, *others:
                 Path(name).touch()
             start()
             assert all(map(os.path.exists, others)) and not os.path.exists(killed)
+            assert others[1] in caplog.text and own.name not in caplog.text
 
 
 @pytest.mark.parametrize("split", [2, 1])
@@ -335,7 +360,7 @@ def test_weights_are_found_by_name_in_any_order_below_model_and_in_timms_spellin
     theirs, ours = network().state_dict(), network()
     renamed = {key.replace("stages.0", "stages_0"): x for key, x in reversed(theirs.items())}
     state = {"model": renamed | {"head.weight": torch.ones(2)}, "epoch": 3}
-    data.save_tensors(tmp_path / "a.pt", state)
+    torch.save(state, tmp_path / "a.pt")
     data.load_weights(ours, tmp_path / "a.pt")
     assert torch.equal(ours["stem"].weight, theirs["stem.weight"])
 
