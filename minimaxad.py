@@ -263,12 +263,6 @@ class ConvNorm(nn.Sequential):
     def __init__(self, layer):
         super().__init__(layer, nn.BatchNorm2d(layer.out_channels))
 
-    def fuse(self):
-        """Becomes one convolution, of the same output in eval mode."""
-        layer, bn = self
-        self[0] = fold(layer, bn)
-        self[1] = nn.Identity()
-
 
 def halving(in_channels, out_channels):
     """A convolution, 3 x 3, that halves the size, and its BatchNorm."""
@@ -319,15 +313,19 @@ def fuse(network):
     the convolutions."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in list(network.modules()):
-        if isinstance(module, Block | ConvNorm):
+        if isinstance(module, Block):
             module.fuse()
-        for i in "123":  # of timm's ResNets
-            layer = getattr(module, f"conv{i}", None)
-            bn = getattr(module, f"bn{i}", None)
-            if type(layer) is nn.Conv2d and type(bn) is nn.BatchNorm2d:
-                setattr(module, f"conv{i}", fold(layer, bn))
-                setattr(module, f"bn{i}", nn.Identity())
+        for conv_name, bn_name in FOLDED:
+            layer = getattr(module, conv_name, None)
+            bn = getattr(module, bn_name, None)
+            if layer and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+                setattr(module, conv_name, fold(layer, bn))
+                setattr(module, bn_name, nn.Identity())
     return network
+
+
+# ConvNorm's and a timm ResNet shortcut's, and those of its blocks.
+FOLDED = [("0", "1"), ("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
 
 
 # --------------------------------------------------------------------------------- frozen encoders
