@@ -318,7 +318,8 @@ def fuse(network):
         for conv_name, bn_name in FOLDED:
             layer = getattr(module, conv_name, None)
             bn = getattr(module, bn_name, None)
-            if layer and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            is_conv = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)  # some have a whole stem
+            if is_conv and type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
                 setattr(module, conv_name, fold(layer, bn))
                 setattr(module, bn_name, nn.Identity())
     return network
