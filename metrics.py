@@ -382,7 +382,7 @@ COLUMNS = ["file", "score", "verdict", "class", "threshold", "picture"]
 
 def judge_batches(paths, read, judge, draw, batch_size):
     """Yields the rows: while the network judges a batch, threads read the next, draw the last."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each may hold a photo of 30 megapixels
+    with ThreadPoolExecutor(4) as pool:  # each may hold a decoded photo
         reading = pool.map(read, paths[:batch_size])
         rows = []
         for start in range(0, len(paths), batch_size):
