@@ -353,6 +353,9 @@ def list_class(root, folder, kind, prefix, training):
     for split, sample in kind.layout(root, folder):
         row = composed(prefix + sample.row)
         pairs.append((split, sample._replace(cls=cls, row=row)))
+        if sample.pixels is None:
+            check_file(sample.image)
+            check_file(sample.mask or sample.image)
         if row == "mean":
             raise DataError("a class or domain named mean: rename it, the table has such a row")
         if sample.mask:
@@ -363,9 +366,6 @@ def list_class(root, folder, kind, prefix, training):
 
     train, good, defective = count(pairs)
     log.info(f"{cls}: {train} train, {good} good, {defective} defective, {len(owners)} masks")
-    for path in used:
-        if os.path.islink(path) and not os.path.exists(path):
-            raise DataError(f"{path}: a broken link to {os.readlink(path)}")
     warn_unused([path for path in map(str, list_files(root / folder)) if path not in used])
     if not good + defective:
         log.warning(f"warning: {cls}: no test images, so no row in the table")
@@ -377,6 +377,13 @@ def list_class(root, folder, kind, prefix, training):
     if bare and "masks" not in kind.optional:
         raise DataError(f"no mask of {counted(bare)}: looked for ground_truth/../STEM[_mask].*")
     return pairs
+
+
+def check_file(path):
+    """DataError: it is absent, a link to nothing, or a pipe, which would be read for ever."""
+    if not os.path.isfile(path):
+        leads = f", but a broken link to {os.readlink(path)}" if os.path.islink(path) else ""
+        raise DataError(f"{path}: not a file{leads}")
 
 
 def found_instead(root, cls=None):
