@@ -45,6 +45,9 @@ from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+for name in "httpx", "httpx2":  # a line for each request
+    logging.getLogger(name).setLevel(logging.ERROR)
+huggingface_hub.utils.logging.set_verbosity_error()  # download says it in one line
 warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, which no pixel depends on
 Image.MAX_IMAGE_PIXELS = None  # opened() has bounds of its own
 PngImagePlugin.MAX_TEXT_CHUNK = 2**30  # nor on a photo's notes
@@ -309,6 +312,8 @@ def load(names, root=None, classes=None, normals="01234", training=True):
             found, listed = list_set(folder, kind, prefix, classes, normals, training)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".removeprefix("DataError: ")
+            if isinstance(error, FileNotFoundError):
+                reason = f"there is no {error.filename}"
             source = kind.source.replace("ROOT", str(folder))
             raise DataError(f"{folder}: {reason} (--root; see {source})") from None
         known += found
@@ -392,7 +397,7 @@ def found_instead(root, cls=None):
     paths = (path for depth in range(5) for path in sorted(root.glob("[!.]*/" * depth + "[!.]*")))
     image = next((path for path in paths if path.suffix.lower() in SUFFIXES), None)
     if not image:
-        return "there is no image"
+        return f"there is no image, {', '.join(sorted(SUFFIXES))}"
     if not cls and image.parents[1].name in ("train", "test", "ground_truth"):
         return f"for {image} it is --root {image.parents[3]}"
     if not cls:
@@ -795,7 +800,10 @@ def download(repo, file):
         return cached
     url = huggingface_hub.hf_hub_url(repo, file)
     with explain(f"cannot download {file} of {repo}, so pass it as --weights FILE"):
-        get_session().head(url, timeout=5)  # without a network the next line retries for 23 s
+        # Without a network, or with a broken server, hf_hub_download tries again for long.
+        answer = get_session().head(url, timeout=5)
+        if answer.status_code >= 500:
+            answer.raise_for_status()
         return huggingface_hub.hf_hub_download(repo, file)
 
 
@@ -820,7 +828,7 @@ def check_like(x, like):
 
 def read_tensors(path):
     """The dict of a .safetensors file or of a torch checkpoint of tensors and plain containers."""
-    with explain(f"{path}: not a readable checkpoint"):
+    with explain(f"{path}: not a readable checkpoint (if it is a download, delete it)"):
         with open(path, "rb") as file:
             start = file.read(64).lstrip()
         if start.startswith((b"version https://git-lfs", b"<")):

@@ -1330,7 +1330,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         resumable = saves and list(Path(saves).glob("[!.]*.pt"))
         hint = "; --resume goes on from the last checkpoint, one a minute"
-        print(f"interrupted{hint if resumable else ''}", file=sys.stderr)
+        if RANK == 0:
+            print(f"interrupted{hint if resumable else ''}", file=sys.stderr)
         sys.exit(130)
 
 

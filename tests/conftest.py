@@ -44,6 +44,8 @@ def needs_toy_run(item):
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")  # no library's warning reaches a user
+    unwritable = "ignore:The given buffer is not writable"  # torch 2.11's, of its own export.load
+    config.addinivalue_line("filterwarnings", unwritable)
 
 
 def pytest_collection_modifyitems(items):
