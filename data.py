@@ -131,13 +131,9 @@ def composed(name):
 
 def mvtec_classes(root):
     classes = []
-    unused = []
     for path in sorted(filter(is_shown, root.iterdir())):
         if (path / "train").is_dir() or (path / "test").is_dir():
             classes.append(path.name)
-        else:
-            unused.append(str(path))
-    warn_unused(unused)
     return classes
 
 
@@ -164,12 +160,7 @@ def visa_rows(root):
 
 
 def visa_classes(root):
-    classes = list(dict.fromkeys(row["object"] for row in visa_rows(root)))
-    if not classes:
-        return mvtec_classes(root)
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and is_shown(path)]
-    warn_unused([str(path) for path in folders if path.name not in ("split_csv", *classes)])
-    return classes
+    return list(dict.fromkeys(row["object"] for row in visa_rows(root))) or mvtec_classes(root)
 
 
 def cifar10(root, cls, normals):
@@ -334,6 +325,10 @@ def list_set(root, kind, prefix, classes, normals, training):
     if (root / kind.inside).is_dir():
         root = root / kind.inside
     folders = kind.classes(root)
+    if root.is_dir() and not kind.normals:
+        used = *folders, "split_csv"
+        beside = [path for path in sorted(root.iterdir()) if is_shown(path)]
+        warn_unused([str(path) for path in beside if path.name not in used])
     if not folders:
         raise DataError(f"no class in it, CLASS/train/good; {found_instead(root)}")
     known = [composed(prefix + folder) for folder in folders]
@@ -816,8 +811,13 @@ def timm_weights(name):
 
 
 def check_like(x, like):
-    """ValueError where what was read from a file has other keys or types than like; None: any."""
-    if like is not None and type(x) is not type(like):
+    """ValueError where what was read from a file has other keys or types than like.
+
+    None may be a text, a list or a dict as well.
+    """
+    if like is None and isinstance(x, str | list | dict | None):
+        return
+    if type(x) is not type(like):
         raise ValueError(f"{x!r:.40} where {like!r:.40} was expected")
     if isinstance(like, dict):
         if x.keys() != like.keys():

@@ -925,8 +925,8 @@ def read_states(folder, typed):
     """The checkpoint, or all of a folder. UserError: not of this version, or models that do not
     belong to one table, as settings differ that were not typed."""
     paths = sorted(Path(folder).glob("[!.]*.pt")) or [Path(folder)]
-    if Path(folder).is_dir() and paths == [Path(folder)]:
-        raise data.UserError(f"{folder}: no checkpoint in it, a file .pt")
+    if not paths[0].is_file():
+        raise data.UserError(f"--eval {folder}: no checkpoint, a file .pt, nor a folder of some")
     states = []
     seen = {}
     for path in paths:
@@ -953,6 +953,8 @@ def check_state(state):
     """ValueError: not what new_state and fit make."""
     defaults = argparse.Namespace(**{key: default for key, (default, _) in SETTINGS.items()})
     data.check_like(state, new_state(defaults, [""]))
+    if isinstance(state["args"]["classes"], str | dict):
+        raise ValueError("--classes is no list")
     if state["epoch"] and not state["model"]:
         raise ValueError("no tensors")
     if state["trained"]:

@@ -68,7 +68,7 @@ OWN = {
 }
 TRAINED = [  # RUN stands for the folder of a finished run, which has the settings
     ("--eval nowhere.pt", "nowhere.pt"),
-    ("--eval photos", "no checkpoint in it"),
+    ("--eval photos", "--eval photos: no checkpoint"),
     ("--eval ~/here", "/home/me/here"),
     ("--eval RUN --lr 3", "--lr"),
     ("--eval RUN --batch-size 4", "--batch-size"),  # also what the run has
