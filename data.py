@@ -779,8 +779,6 @@ def saved(path):
     """A file in memory, written to path when the block has filled it. UserError: as written."""
     content = io.BytesIO()  # the libraries' own file writers do not tell a full disk
     yield content
-    path = Path(path)
-    remove_leftovers(path.parent)
     with written(path, content.getbuffer().nbytes) as temporary:
         temporary.write_bytes(content.getbuffer())
 

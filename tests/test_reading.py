@@ -327,7 +327,7 @@ def test_a_full_disk_is_told_with_the_space_and_nothing_is_left_there(tmp_path, 
 def test_leftovers_of_killed_processes_of_this_host_go_at_the_next_start(tmp_path, photos, caplog):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for start in lambda: save("b.pt", {}), lambda: data.decode(photos, 16, None, "."):
+    for start in lambda: data.remove_leftovers("."), lambda: data.decode(photos, 16, None, "."):
         with contextlib.chdir(tmp_path), data.written("a") as own:
             killed = own.name.replace(str(os.getpid()), str(ended.pid))
             others = own.name, killed.replace(data.HOST, "0123abcd"), f".{data.HOST}-notes-a"
