@@ -292,7 +292,7 @@ def load(names, root=None, classes=None, normals="01234", training=True):
     for name in parts:
         if name not in SETS or parts.count(name) > 1 or (joined and SETS[name].normals):
             raise DataError(f"--data {names}: expected one of {', '.join(SETS)}, or several with +")
-    classes = [composed(cls) for cls in classes or []]
+    classes = list(map(composed, classes or []))
     known = []
     pairs = []
     for name in parts:

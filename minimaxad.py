@@ -1210,7 +1210,7 @@ def parse_args(argv=None):
     vars(args).update(preset)
     vars(args).update(typed)
     if args.classes:
-        args.classes = [data.composed(cls) for cls in args.classes]
+        args.classes = list(map(data.composed, args.classes))
 
     if not args.out and not args.eval:
         args.out = f"runs/minimaxad-{args.data}-{'unified' if args.unified else 'separate'}"

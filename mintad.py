@@ -1337,7 +1337,7 @@ def parse_args(argv=None):
     vars(args).update(preset)
     vars(args).update(typed)
     if args.classes:
-        args.classes = [data.composed(cls) for cls in args.classes]
+        args.classes = list(map(data.composed, args.classes))
 
     if args.query == "learned" and not (args.cls_loss or args.prior_loss or "prompt" in typed):
         args.prompt = "none"  # Table 5: nothing uses z
