@@ -354,8 +354,8 @@ def list_class(root, folder, kind, prefix, training):
         row = composed(prefix + sample.row)
         pairs.append((split, sample._replace(cls=cls, row=row)))
         if sample.pixels is None:
-            check_file(sample.image)
-            check_file(sample.mask or sample.image)
+            for path in filter(None, [sample.image, sample.mask]):
+                check_file(path)
         if row == "mean":
             raise DataError("a class or domain named mean: rename it, the table has such a row")
         if sample.mask:

@@ -233,6 +233,18 @@ def test_a_checkpoint_is_written_when_a_minute_has_passed(script, tiny, killed):
     assert torch.load("killed/unified.pt", weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.parametrize("last, resumable", [("calibrate", False), ("evaluate", True)])
+def test_an_interrupt_says_how_to_go_on_if_there_is_a_checkpoint(
+    script, tiny, call, monkeypatch, last, resumable
+):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"metrics.{last}", interrupt)
+    result = call(script, *tiny, "--epochs", 1, "--out", "run")
+    assert (result.status, "--resume" in result.error) == (130, resumable)
+
+
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     script, tiny, tiny_run, killed, call, monkeypatch
 ):
