@@ -63,6 +63,7 @@ JUNK = {
     "license.txt",
     "readme.txt",
     "image_anno.csv",
+    "split_csv",
 }
 
 
@@ -326,9 +327,8 @@ def list_set(root, kind, prefix, classes, normals, training):
         root = root / kind.inside
     folders = kind.classes(root)
     if root.is_dir() and not kind.normals:
-        used = *folders, "split_csv"
-        beside = [path for path in sorted(root.iterdir()) if is_shown(path)]
-        warn_unused([str(path) for path in beside if path.name not in used])
+        beside = sorted(filter(is_shown, root.iterdir()))
+        warn_unused([str(path) for path in beside if path.name not in folders])
     if not folders:
         raise DataError(f"no class in it, CLASS/train/good; {found_instead(root)}")
     known = [composed(prefix + folder) for folder in folders]
@@ -486,8 +486,7 @@ MOST = 400e6  # pixels that are decoded
 def opened(path):
     """An image file of 8 bits a channel and one frame, not decoded yet. DataError: any other."""
     with explain(f"cannot read image {path}", DataError), contextlib.ExitStack() as stack:
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
-            raise ValueError("no such file")
+        check_file(path)
         image = stack.enter_context(Image.open(path, formats=FORMATS))
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # a phone's, whose first frame is the photo

@@ -78,7 +78,7 @@ SETTINGS = {
     "normals": ("01234", "cifar10's normal classes"),
     "size": (256, "images are resized to size x size pixels"),
     "crop": (0, "then the centre crop x crop is taken; 0: none"),
-    "holdout": (0.0, "share of the training images kept back to find --predict's threshold"),
+    "holdout": (0.0, "share of each class's training images kept back to find its threshold"),
     "arch": ("minimax", "rd: Reverse Distillation, the baseline"),
     "backbone": ("unireplknet_n", "or _a, _f, _p, _t, or any timm CNN of strides 4, 8, 16"),
     "weights": (None, "its checkpoint instead of a download, or none: untrained"),
@@ -100,7 +100,7 @@ ACTIONS = {
     "eval": (None, "evaluate a checkpoint, or all of a run's folder"),
     "save_maps": (False, "a picture of each test image"),
     "predict": (None, "with --eval: image files and folders to judge"),
-    "quantile": (0.99, "of normal images' scores: the limit of --predict"),
+    "quantile": (0.99, "of normal images' scores: the threshold of --predict and --export"),
     "export": (None, "with --eval: write a torch.export program, FILE.pt2"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "or cuda:N, mps"),
 }
@@ -307,6 +307,10 @@ def residual_stage(in_channels, width, out_channels, resize, depth):
     return nn.Sequential(*blocks)
 
 
+# Names of a layer and its BatchNorm: in ConvNorm and a timm ResNet's shortcut, in its blocks.
+FOLDED = [("0", "1"), ("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
+
+
 @torch.no_grad()
 def fuse(network):
     """A frozen copy for inference, of the same output: BatchNorm and small kernels are folded into
@@ -323,10 +327,6 @@ def fuse(network):
                 setattr(module, conv_name, fold(layer, bn))
                 setattr(module, bn_name, nn.Identity())
     return network
-
-
-# ConvNorm's and a timm ResNet shortcut's, and those of its blocks.
-FOLDED = [("0", "1"), ("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
 
 
 # --------------------------------------------------------------------------------- frozen encoders

@@ -1334,6 +1334,8 @@ def parse_args(argv=None):
     else:
         preset = UNIAD if typed.get("uniad") else {}
         preset = preset | PRESETS.get(typed.get("data", args.data), {})
+        if typed.get("query") == "mlp":
+            preset["prior_loss"] = False  # Sec. 0.B.6
     vars(args).update(preset)
     vars(args).update(typed)
     if args.classes:
@@ -1341,8 +1343,6 @@ def parse_args(argv=None):
 
     if args.query == "learned" and not (args.cls_loss or args.prior_loss or "prompt" in typed):
         args.prompt = "none"  # Table 5: nothing uses z
-    if args.query == "mlp" and "prior_loss" not in typed:
-        args.prior_loss = False  # Sec. 0.B.6
     if not args.out and not args.eval:
         args.out = f"runs/mintad-{args.data}-{'unified' if args.unified else 'separate'}"
     check(args, typed, states)

@@ -209,6 +209,7 @@ mintad --data cifar10: unified=True levels=5 score=mean
 mintad --uniad: query=layerwise score=avgpool
 mintad --data cifar10 --uniad: query=layerwise score=mean levels=5
 mintad --query mlp: prior_loss=False
+mintad --query mlp --prior-loss: prior_loss=True
 mintad --query learned --no-cls-loss --no-prior-loss: prompt=none
 mintad --no-unified: weights=none out=runs/mintad-toy-separate
 minimaxad --data visa --loss adc --size 64: size=64 epochs=130 loss=adc
@@ -325,6 +326,15 @@ def test_eval_can_score_in_another_way_but_predict_has_the_runs_limits(script, t
     for use in ["--predict", "photos"], ["--save-maps"]:
         flags = *use, "--out", "verdicts", *ANOTHER[script]
         assert_refused(call(script, "--eval", tiny_run, *flags), f"{ANOTHER[script][0]} ")
+
+
+@pytest.mark.parametrize("script", ["mintad"])
+def test_what_was_typed_against_a_presets_choice_holds_when_the_run_is_evaluated(
+    script, tiny, call
+):
+    call(script, *tiny, "--query", "mlp", "--prior-loss", "--epochs", 1, "--out", "run")
+    call(script, "--eval", "run", "--out", "new")
+    assert rows("new") == rows("run")
 
 
 @pytest.mark.parametrize("script", ["mintad"])
