@@ -96,7 +96,7 @@ def bench_mintad(args, device, batches):
     shape = args.size, args.levels, args.pool
     backbone = mintad.Backbone(args.backbone, args.weights, *shape)
     detector = mintad.make_detector(args, mintad.new_state(args, classes), backbone)
-    detector = detector.to(device).eval()
+    detector = detector.to(device).eval().requires_grad_(False)
     model = detector.model
 
     parts = parameters(model)
